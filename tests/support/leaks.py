@@ -45,7 +45,7 @@ def _mappings() -> Counter[str]:
     found: Counter[str] = Counter()
     with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
         for line in maps:
-            name = line.split(maxsplit=5)[5].strip() if line.count(" ") >= 5 else ""
+            name = " ".join(line.split()[5:])  # none for anonymous memory
             if any(part in name for part in _KVM_MAPPINGS):
                 found[name] += 1
     return found
