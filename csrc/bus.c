@@ -1,0 +1,166 @@
+/* bus.c - sorted PIO and MMIO ranges: a C action, or a slot handed to Python. */
+#include "pykvm.h"
+
+#include <errno.h>
+#include <string.h>
+#include <unistd.h>
+
+static struct pykvm_range *find(const struct pykvm_table *table, uint64_t address, uint32_t *hint)
+{
+    if (!table)
+        return NULL;
+    if (*hint < table->count) { /* guests hit the same register again and again */
+        struct pykvm_range *range = &table->ranges[*hint];
+        if (range->first <= address && address <= range->last)
+            return range;
+    }
+    uint32_t low = 0, high = table->count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        struct pykvm_range *range = &table->ranges[middle];
+        if (address < range->first) {
+            high = middle;
+        } else if (address > range->last) {
+            low = middle + 1;
+        } else {
+            *hint = middle;
+            return range;
+        }
+    }
+    return NULL;
+}
+
+static int record(struct pykvm_vcpu *vcpu, struct pykvm_range *range, uint64_t value)
+{
+    const struct pykvm_access *access = &vcpu->access;
+    struct pykvm_record item = {
+        .address = access->address,
+        .value = value,
+        .exit = vcpu->exits,
+        .vcpu = vcpu->index,
+        .size = access->size,
+        .is_write = access->is_write,
+    };
+    return pykvm_ring_push(range->out, &item, 1);
+}
+
+/* Little endian; where fewer bytes wait than the read wants, the upper ones are zero. */
+static uint64_t fifo_read(struct pykvm_range *range, uint8_t size)
+{
+    uint64_t value = 0;
+    if (range->in && pykvm_ring_pop(range->in, &value, size) > 0)
+        return value;
+    return range->value;
+}
+
+static uint64_t mask(uint8_t size)
+{
+    return size >= 8 ? UINT64_MAX : (UINT64_C(1) << (8 * size)) - 1;
+}
+
+static void put(struct pykvm_access *access, uint64_t value)
+{
+    memcpy(access->data, &value, access->size); /* x86 is little endian, and so is this host */
+}
+
+/* The packed form of the access, see enum pykvm_word. */
+static int64_t word(const struct pykvm_access *access)
+{
+    static const int8_t log2[9] = {-1, 0, 1, -1, 2, -1, -1, -1, -1};
+    if (access->size > 8 || log2[access->size] < 0 || access->offset > 0xffff)
+        return PYKVM_WIDE;
+    return (int64_t)(access->value | access->offset << PYKVM_OFFSET_SHIFT |
+                     (uint64_t)log2[access->size] << PYKVM_SIZE_SHIFT |
+                     (uint64_t)access->is_write << PYKVM_WRITE_SHIFT |
+                     (uint64_t)access->slot << PYKVM_SLOT_SHIFT);
+}
+
+static int64_t ask_python(struct pykvm_access *access, int64_t result)
+{
+    access->pending = PYKVM_UNANSWERED;
+    return result;
+}
+
+/* One item: PYKVM_SERVED, or what to return to Python. */
+static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
+{
+    struct pykvm_access *access = &vcpu->access;
+    uint64_t one = 1;
+
+    switch (access->is_write ? range->on_write : range->on_read) {
+    case PYKVM_IGNORE:
+        if (!access->is_write)
+            put(access, PYKVM_ALL_ONES);
+        return PYKVM_SERVED;
+    case PYKVM_CONSTANT:
+        break;
+    case PYKVM_LOG:
+        if (record(vcpu, range, access->is_write ? access->value : range->value & mask(access->size)))
+            goto full;
+        break;
+    case PYKVM_FIFO:
+        if (access->is_write) {
+            if (pykvm_ring_push(range->out, &access->value, access->size))
+                goto full;
+        } else {
+            put(access, fifo_read(range, access->size));
+        }
+        return PYKVM_SERVED;
+    case PYKVM_EVENTFD:
+        /* A counter at its ceiling has long woken its reader; there is nothing to lose. */
+        if (write(range->fd, &one, sizeof one) < 0 && errno != EAGAIN)
+            return ask_python(access, word(access));
+        break;
+    case PYKVM_STOP:
+        return ask_python(access, PYKVM_STOPPED);
+    default:
+        return ask_python(access, word(access));
+    }
+    if (!access->is_write)
+        put(access, range->value);
+    return PYKVM_SERVED;
+
+full:
+    access->pending = PYKVM_RETRY;
+    return PYKVM_FULL;
+}
+
+int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu)
+{
+    struct pykvm_access *access = &vcpu->access;
+    struct pykvm_table *const *space = access->is_mmio ? &vcpu->mmio : &vcpu->pio;
+    struct pykvm_table *table = __atomic_load_n(space, __ATOMIC_ACQUIRE);
+    struct pykvm_range *range = find(table, access->address, &vcpu->hint[access->is_mmio]);
+
+    for (; access->index < access->count; access->index++, access->data += access->size) {
+        int first_try = access->pending != PYKVM_RETRY;
+        access->pending = PYKVM_IDLE;
+        access->value = 0;
+        if (access->is_write)
+            memcpy(&access->value, access->data, access->size);
+        if (!range)
+            return ask_python(access, PYKVM_UNCLAIMED);
+        access->slot = range->slot;
+        access->offset = access->address - range->first;
+        if (first_try && range->hits)
+            __atomic_fetch_add(range->hits, 1, __ATOMIC_RELAXED);
+        int64_t result = serve_item(vcpu, range);
+        if (result != PYKVM_SERVED)
+            return result;
+    }
+    return PYKVM_SERVED;
+}
+
+int pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
+{
+    struct pykvm_access *access = &vcpu->access;
+    if (!access->is_write) {
+        if (answer != PYKVM_ALL_ONES && answer & ~mask(access->size))
+            return -EINVAL;
+        put(access, answer);
+    }
+    access->pending = PYKVM_IDLE;
+    access->index++;
+    access->data += access->size;
+    return 0;
+}

@@ -1,0 +1,154 @@
+/*
+ * kick.c - getting a vCPU out of the guest: a signal, and kvm_run.immediate_exit.
+ *
+ * A signal alone could arrive just before KVM_RUN and be lost.  Its handler therefore sets
+ * immediate_exit of the vCPU that this thread runs, and KVM_RUN returns EINTR at once
+ * (api.rst, "4.10 KVM_RUN" and struct kvm_run).
+ *
+ * The deadline is a timer of the thread that signals the thread itself; it also beats every
+ * PYKVM_HEARTBEAT_MS, so that a signal for Python (Ctrl-C) that arrived in that gap is seen.
+ */
+#define _GNU_SOURCE
+#include "pykvm.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stddef.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+
+static __thread struct pykvm_vcpu *current; /* the vCPU this thread runs */
+static __thread timer_t timer;
+static __thread int has_timer;
+static pthread_key_t timer_key;
+static pthread_once_t once = PTHREAD_ONCE_INIT;
+static int setup_error;
+
+int pykvm_kick_signal(void)
+{
+    return SIGRTMIN + 5;
+}
+
+static void set_immediate_exit(struct pykvm_vcpu *vcpu, uint8_t value)
+{
+    __atomic_store_n(&vcpu->run->immediate_exit, value, __ATOMIC_SEQ_CST);
+}
+
+static void on_signal(int signal)
+{
+    (void)signal;
+    struct pykvm_vcpu *vcpu = current;
+    if (vcpu)
+        set_immediate_exit(vcpu, 1);
+}
+
+static void drop_timer(void *unused)
+{
+    (void)unused;
+    if (has_timer)
+        timer_delete(timer);
+    has_timer = 0;
+}
+
+static void setup(void)
+{
+    struct sigaction old, action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    sigemptyset(&action.sa_mask);
+    if (sigaction(pykvm_kick_signal(), NULL, &old) == 0 && !(old.sa_flags & SA_SIGINFO) &&
+        (old.sa_handler == SIG_DFL || old.sa_handler == SIG_IGN)) {
+        if (sigaction(pykvm_kick_signal(), &action, NULL) < 0)
+            setup_error = errno;
+        else
+            setup_error = pthread_key_create(&timer_key, drop_timer);
+    } else {
+        setup_error = EBUSY;
+    }
+}
+
+/* A thread's first run: the signal unblocked, a timer of its own. */
+static int prepare_thread(void)
+{
+    sigset_t set;
+    struct sigevent event = {
+        .sigev_notify = SIGEV_THREAD_ID,
+        .sigev_signo = pykvm_kick_signal(),
+    };
+    event.sigev_notify_thread_id = (int)syscall(SYS_gettid);
+    sigemptyset(&set);
+    sigaddset(&set, pykvm_kick_signal());
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    if (timer_create(CLOCK_MONOTONIC, &event, &timer) < 0)
+        return -errno;
+    has_timer = 1;
+    pthread_setspecific(timer_key, &timer_key); /* any non-NULL value: drop_timer at thread's end */
+    return 0;
+}
+
+int64_t pykvm_now(void)
+{
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return time.tv_sec * INT64_C(1000000000) + time.tv_nsec;
+}
+
+static void set_timer(int64_t at)
+{
+    struct itimerspec when = {.it_value = {at / 1000000000, at % 1000000000}};
+    timer_settime(timer, TIMER_ABSTIME, &when, NULL);
+}
+
+void pykvm_kick_arm(struct pykvm_vcpu *vcpu)
+{
+    int64_t beat = pykvm_now() + PYKVM_HEARTBEAT_MS * INT64_C(1000000);
+    int64_t at = vcpu->deadline < beat ? vcpu->deadline : beat;
+    set_timer(at > 0 ? at : 1); /* 0 would disarm it */
+}
+
+int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu)
+{
+    pthread_once(&once, setup);
+    if (setup_error)
+        return -setup_error;
+    if (!has_timer) {
+        int error = prepare_thread();
+        if (error)
+            return error;
+    }
+    vcpu->outer = current;
+    current = vcpu;
+    __atomic_store_n(&vcpu->tid, (int32_t)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
+    if (__atomic_load_n(&vcpu->stop, __ATOMIC_SEQ_CST)) /* asked before the run began */
+        set_immediate_exit(vcpu, 1);
+    pykvm_kick_arm(vcpu);
+    return 0;
+}
+
+void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
+{
+    current = vcpu->outer;
+    __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
+    __atomic_store_n(&vcpu->stop, 0, __ATOMIC_SEQ_CST);
+    set_immediate_exit(vcpu, 0);
+    if (current) {
+        set_immediate_exit(current, 1); /* its beat may have been lost on us: look again */
+        pykvm_kick_arm(current);
+    } else {
+        set_timer(0);
+    }
+    vcpu->outer = NULL;
+}
+
+void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
+{
+    __atomic_store_n(&vcpu->stop, 1, __ATOMIC_SEQ_CST);
+    set_immediate_exit(vcpu, 1);
+    int32_t tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
+    if (tid) /* gone by now: ESRCH, and the next run finds `stop` set */
+        syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
+}

@@ -1,0 +1,156 @@
+/* vcpu_loop.c - the vCPU loop: KVM_RUN until Python is needed. */
+#include "pykvm.h"
+
+#include <errno.h>
+#include <sys/ioctl.h>
+
+#ifndef KVM_EXIT_MEMORY_FAULT /* Linux 6.8 */
+#define KVM_EXIT_MEMORY_FAULT 39
+#endif
+
+/* What KVM_CAP_SYNC_REGS does on entry and exit, for a KVM that lacks it. */
+static int write_back(struct pykvm_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    if (run->kvm_dirty_regs & KVM_SYNC_X86_REGS) {
+        if (ioctl(vcpu->fd, KVM_SET_REGS, &run->s.regs.regs) < 0)
+            return -errno;
+        run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_REGS;
+    }
+    if (run->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
+        if (ioctl(vcpu->fd, KVM_SET_SREGS, &run->s.regs.sregs) < 0)
+            return -errno;
+        run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_SREGS;
+    }
+    return 0;
+}
+
+static int fetch(struct pykvm_vcpu *vcpu, uint64_t wanted)
+{
+    struct kvm_run *run = vcpu->run;
+    if (wanted & KVM_SYNC_X86_REGS && ioctl(vcpu->fd, KVM_GET_REGS, &run->s.regs.regs) < 0)
+        return -errno;
+    if (wanted & KVM_SYNC_X86_SREGS && ioctl(vcpu->fd, KVM_GET_SREGS, &run->s.regs.sregs) < 0)
+        return -errno;
+    return 0;
+}
+
+int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu)
+{
+    if (vcpu->sync_regs)
+        return ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+
+    struct kvm_run *run = vcpu->run;
+    uint64_t wanted = run->kvm_valid_regs;
+    int error = run->kvm_dirty_regs ? write_back(vcpu) : 0;
+    if (error)
+        return error;
+    run->kvm_valid_regs = 0; /* KVM_RUN refuses bits that it does not know */
+    error = ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    run->kvm_valid_regs = wanted;
+    int fetched = wanted ? fetch(vcpu, wanted) : 0;
+    return error ? error : fetched;
+}
+
+static void take_pio(struct pykvm_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    struct pykvm_access *access = &vcpu->access;
+    access->address = run->io.port;
+    access->data = (uint8_t *)run + run->io.data_offset;
+    access->count = run->io.count;
+    access->size = run->io.size;
+    access->is_write = run->io.direction == KVM_EXIT_IO_OUT;
+    access->is_mmio = 0;
+    access->index = 0;
+}
+
+static void take_mmio(struct pykvm_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    struct pykvm_access *access = &vcpu->access;
+    access->address = run->mmio.phys_addr;
+    access->data = run->mmio.data;
+    access->count = 1;
+    access->size = (uint8_t)run->mmio.len;
+    access->is_write = run->mmio.is_write;
+    access->is_mmio = 1;
+    access->index = 0;
+}
+
+/* Serve the exit that KVM_RUN just made: PYKVM_SERVED, or what to return. */
+static int64_t serve(struct pykvm_vcpu *vcpu)
+{
+    switch (vcpu->run->exit_reason) {
+    case KVM_EXIT_IO:
+        take_pio(vcpu);
+        return pykvm_bus_serve(vcpu);
+    case KVM_EXIT_MMIO:
+        take_mmio(vcpu);
+        return pykvm_bus_serve(vcpu);
+    default:
+        return PYKVM_EXIT;
+    }
+}
+
+/* KVM_RUN returned an error: PYKVM_SERVED to try again, or what to return. */
+static int64_t failed(struct pykvm_vcpu *vcpu, int error)
+{
+    switch (error) {
+    case EINTR:
+        /* Cleared before the reasons are read: a stop from now on sets it again. */
+        __atomic_store_n(&vcpu->run->immediate_exit, 0, __ATOMIC_SEQ_CST);
+        if (__atomic_exchange_n(&vcpu->stop, 0, __ATOMIC_SEQ_CST))
+            return PYKVM_KICKED;
+        if (pykvm_now() >= vcpu->deadline)
+            return PYKVM_TIMEOUT;
+        if (vcpu->tid)
+            pykvm_kick_arm(vcpu);
+        return PYKVM_INTERRUPTED;
+    case EAGAIN: /* a vCPU that waited for its start-up IPI was woken */
+        return PYKVM_SERVED;
+    default:
+        vcpu->error = error;
+        if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT && error == EFAULT)
+            return PYKVM_EXIT;
+        return PYKVM_FAILED;
+    }
+}
+
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, uint64_t answer)
+{
+    struct pykvm_access *access = &vcpu->access;
+    int64_t result = PYKVM_SERVED;
+
+    switch (access->pending) {
+    case PYKVM_UNANSWERED:
+        if (pykvm_bus_answer(vcpu, answer))
+            return PYKVM_BAD_ANSWER;
+        if (access->index < access->count) /* the other items of a string instruction */
+            result = pykvm_bus_serve(vcpu);
+        break;
+    case PYKVM_RETRY:
+        result = pykvm_bus_serve(vcpu);
+        break;
+    case PYKVM_UNSERVED:
+        access->pending = PYKVM_IDLE;
+        result = vcpu->error ? failed(vcpu, vcpu->error) : serve(vcpu);
+        break;
+    }
+
+    while (result == PYKVM_SERVED) {
+        if (vcpu->exits >= vcpu->exit_limit)
+            return PYKVM_LIMIT;
+        vcpu->entries++;
+        int error = -vcpu->enter(vcpu);
+        if (!error)
+            vcpu->exits++;
+        if (vcpu->trace) {
+            vcpu->error = error;
+            access->pending = PYKVM_UNSERVED;
+            return PYKVM_TRACED;
+        }
+        result = error ? failed(vcpu, error) : serve(vcpu);
+    }
+    return result;
+}
