@@ -45,12 +45,13 @@ static int record(struct pykvm_vcpu *vcpu, struct pykvm_range *range, uint64_t v
 }
 
 /* Little endian; where fewer bytes wait than the read wants, the upper ones are zero. */
-static uint64_t fifo_read(struct pykvm_range *range, uint8_t size)
+static int fifo_read(struct pykvm_range *range, uint8_t size, uint64_t *value)
 {
-    uint64_t value = 0;
-    if (range->in && pykvm_ring_pop(range->in, &value, size) > 0)
-        return value;
-    return range->value;
+    *value = 0;
+    if (pykvm_ring_pop(range->in, value, size) > 0)
+        return 0;
+    *value = range->value;
+    return range->in->more ? -EAGAIN : 0;
 }
 
 static uint64_t mask(uint8_t size)
@@ -103,7 +104,10 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
             if (pykvm_ring_push(range->out, &access->value, access->size))
                 goto full;
         } else {
-            put(access, fifo_read(range, access->size));
+            uint64_t value;
+            if (fifo_read(range, access->size, &value))
+                goto full;
+            put(access, value);
         }
         return PYKVM_SERVED;
     case PYKVM_EVENTFD:

@@ -1,15 +1,235 @@
-/* pykvm.h: the seam between Python and C. SPDX-License-Identifier: MIT */
+/*
+ * pykvm.h - the whole seam between C and Python.
+ *
+ * C owns what happens on every exit (KVM_RUN, range look-up, rings, signals); Python owns policy
+ * and device semantics.  Nothing here allocates memory that Python sees, calls back into Python or
+ * ends the process.  Functions return 0 (or a count) on success and -errno on failure.
+ *
+ * An exit is either served here by an *action* and the guest goes on, or pykvm_vcpu_run() returns
+ * and Python serves it; calling pykvm_vcpu_run() again passes the answer and goes on.
+ */
 #ifndef PYKVM_H
 #define PYKVM_H
 
-#include <stddef.h>
+#include "pykvm_kvm.h" /* made at build: linux/kvm.h, and the names that it is too old to have */
+
 #include <stdint.h>
 
 /* cdef: begin */
 
-/* ioctl(2): its result, or -errno. EINTR is not retried. */
+/* One ioctl: its result (>= 0), or -errno.  EINTR is not retried: signals must reach Python. */
 int64_t pykvm_ioctl(int fd, unsigned long request, void *arg);
 
+/* ---- actions: what C does with an access, without Python ------------------------------------ */
+
+enum pykvm_action {
+    PYKVM_PYTHON,   /* return to Python, which has a handler in the range's slot */
+    PYKVM_IGNORE,   /* writes vanish; reads answer all ones, as an empty bus does */
+    PYKVM_CONSTANT, /* reads answer the range's value; writes vanish */
+    PYKVM_LOG,      /* a struct pykvm_record goes into the ring `out`; reads answer the value */
+    PYKVM_FIFO,     /* writes append their bytes to `out`; reads take theirs from `in`, or, when
+                       that is empty, answer the value */
+    PYKVM_EVENTFD,  /* 1 is added to the eventfd `fd`; reads answer the value */
+    PYKVM_STOP,     /* return to Python: PYKVM_STOPPED */
+};
+
+/* One access as LOG writes it down; 32 bytes. */
+struct pykvm_record {
+    uint64_t address; /* port or guest-physical address */
+    uint64_t value;   /* what was written, or what the read was answered with */
+    uint64_t exit;    /* the vCPU's exit count at the time */
+    uint32_t vcpu;    /* which vCPU */
+    uint8_t size;     /* bytes: 1, 2, 4, 8 (MMIO: any of 1..8) */
+    uint8_t is_write;
+    uint16_t reserved;
+};
+
+/*
+ * A ring of items from vCPU threads to Python, or back.  Python allocates it, with `capacity`
+ * (a power of two) items behind `items`.  A push onto an empty ring adds 1 to `eventfd` if that
+ * is not -1.  A full ring loses nothing: the access waits and Python is asked to drain.
+ */
+struct pykvm_ring {
+    uint32_t lock; /* spin lock, held for some tens of nanoseconds */
+    uint32_t item_size;
+    uint32_t capacity;
+    int32_t eventfd;
+    uint32_t more; /* Python holds more items that did not fit: ask it when the ring is empty */
+    uint32_t reserved;
+    uint64_t head; /* items ever pushed */
+    uint64_t tail; /* items ever popped */
+    uint8_t *items;
+};
+
+/* Push `count` items, all or none: 0, or -ENOSPC. */
+int pykvm_ring_push(struct pykvm_ring *ring, const void *items, uint32_t count);
+/* Pop up to `max` items: how many. */
+uint32_t pykvm_ring_pop(struct pykvm_ring *ring, void *items, uint32_t max);
+
+/* ---- the bus: sorted ranges ------------------------------------------------------------------ */
+
+struct pykvm_range {
+    uint64_t first; /* first port or guest-physical address */
+    uint64_t last;  /* the last one, inclusive */
+    uint64_t value; /* what CONSTANT (and others, see above) answer */
+    struct pykvm_ring *out;
+    struct pykvm_ring *in;
+    uint64_t *hits; /* counts every access, whoever serves it */
+    int32_t fd;     /* EVENTFD */
+    uint16_t slot;  /* of the Python handler, below PYKVM_SLOTS */
+    uint8_t on_read;
+    uint8_t on_write;
+};
+
+/* Sorted by `first`, without overlap.  A table never changes: a new one takes its place. */
+struct pykvm_table {
+    uint32_t count;
+    struct pykvm_range *ranges;
+};
+
+/* ---- a vCPU ---------------------------------------------------------------------------------- */
+
+/*
+ * The access being served.  A string instruction makes one exit with `count` items; each item is
+ * an access of its own.
+ */
+struct pykvm_access {
+    uint64_t address;
+    uint64_t value;  /* of a write; 0 for a read */
+    uint64_t offset; /* address - first address of the range */
+    uint8_t *data;   /* in the run page: where the item lies */
+    uint32_t count;
+    uint32_t index;
+    uint16_t slot;
+    uint8_t size;
+    uint8_t is_write;
+    uint8_t is_mmio;
+    uint8_t pending; /* enum pykvm_pending */
+};
+
+enum pykvm_pending {
+    PYKVM_IDLE,       /* nothing: enter the guest */
+    PYKVM_UNSERVED,   /* an exit was taken and is still to be dispatched (traced runs) */
+    PYKVM_RETRY,      /* the same item again (its ring was full) */
+    PYKVM_UNANSWERED, /* Python was asked, and answers with the next call */
+};
+
+struct pykvm_vcpu {
+    struct kvm_run *run;
+    struct pykvm_table *pio; /* swapped whole, also while running */
+    struct pykvm_table *mmio;
+    int (*enter)(struct pykvm_vcpu *vcpu); /* pykvm_vcpu_enter; tests and benches put a fake here */
+    void *fake;
+    uint64_t entries;    /* times the guest was entered, also in vain */
+    uint64_t exits;      /* exits the guest made */
+    uint64_t exit_limit; /* PYKVM_LIMIT once `exits` reaches it */
+    int64_t deadline;    /* CLOCK_MONOTONIC in ns; INT64_MAX: none */
+    struct pykvm_access access;
+    struct pykvm_vcpu *outer; /* the run that this one is nested in, in the same thread */
+    uint32_t hint[2];         /* index of the range hit last: PIO, MMIO */
+    uint32_t index;           /* which vCPU, for records */
+    int32_t fd;
+    int32_t tid;       /* the thread between begin and end, or 0 */
+    int32_t error;     /* positive errno of the last failed KVM_RUN */
+    uint32_t stop;     /* somebody asked the run to end */
+    uint8_t sync_regs; /* KVM_CAP_SYNC_REGS: else pykvm_vcpu_enter() does its work by ioctls */
+    uint8_t trace;     /* return PYKVM_TRACED after every KVM_RUN, before serving the exit */
+};
+
+/*
+ * What pykvm_vcpu_run() returns.  A word >= 0 is an access for Python, packed:
+ *   bits  0..31  value (of a write)
+ *   bits 32..47  offset into the range
+ *   bits 48..49  log2 of the size in bytes (1, 2, 4)
+ *   bit  50      set on a write
+ *   bits 51..62  slot
+ * An access that does not fit (MMIO of 8 or an odd number of bytes, offset over 64 KiB) is
+ * PYKVM_WIDE and stands in vcpu->access.
+ */
+enum pykvm_word {
+    PYKVM_WIDE = -1,
+    PYKVM_EXIT = -2,        /* another exit: see run->exit_reason (error is set: MEMORY_FAULT) */
+    PYKVM_UNCLAIMED = -3,   /* no range has this address; answer as if it were a handler's */
+    PYKVM_STOPPED = -4,     /* an access hit a STOP range */
+    PYKVM_FULL = -5,        /* a ring is full, or empty with more to come: see to it, call again */
+    PYKVM_LIMIT = -6,       /* exit_limit reached */
+    PYKVM_TIMEOUT = -7,     /* deadline passed */
+    PYKVM_KICKED = -8,      /* pykvm_vcpu_stop() was called */
+    PYKVM_INTERRUPTED = -9, /* a signal, or the heartbeat: let Python look at its signals */
+    PYKVM_FAILED = -10,     /* KVM_RUN failed: vcpu->error */
+    PYKVM_BAD_ANSWER = -11, /* the answer does not fit the access, which still waits for one */
+    PYKVM_TRACED = -12,     /* KVM_RUN returned; call again to have its exit served */
+};
+
+enum {
+    PYKVM_OFFSET_SHIFT = 32,
+    PYKVM_SIZE_SHIFT = 48,
+    PYKVM_WRITE_SHIFT = 50,
+    PYKVM_SLOT_SHIFT = 51,
+    PYKVM_SLOTS = 4096,
+    PYKVM_HEARTBEAT_MS = 100, /* the longest that a signal can wait for Python */
+};
+
+/*
+ * Bind the vCPU to the calling thread until pykvm_vcpu_end(): from here on a stop or the deadline
+ * interrupts it.  Runs nest: a handler may run another machine.  0 or -errno (EBUSY: the kick
+ * signal has a handler that is not ours).
+ */
+int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu);
+void pykvm_vcpu_end(struct pykvm_vcpu *vcpu);
+
+/*
+ * Run until Python is needed.  `answer` goes to the access that the last call returned, if it was
+ * a read; UINT64_MAX answers all ones at any size.
+ */
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, uint64_t answer);
+
+/* Ask a run, or if there is none the next one, to end: from any thread, also a handler's own. */
+void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu);
+
+/* The `enter` of a real vCPU: one KVM_RUN.  0 or -errno. */
+int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu);
+
+/* The signal that interrupts KVM_RUN. */
+int pykvm_kick_signal(void);
+
+/* ---- a fake KVM_RUN, for tests and benches without /dev/kvm ---------------------------------- */
+
+struct pykvm_fake_exit {
+    uint64_t address;
+    uint8_t data[16]; /* of a write; of a read, what the run answered */
+    uint32_t reason;  /* KVM_EXIT_* */
+    int32_t error;    /* nonzero: KVM_RUN fails with this errno */
+    uint32_t count;   /* items, PIO only; size * count <= 16 */
+    uint8_t size;
+    uint8_t is_write;
+    uint8_t stop;     /* call pykvm_vcpu_stop() during this entry */
+    uint8_t reserved;
+};
+
+/* vcpu->fake points here; the script repeats for ever. */
+struct pykvm_fake {
+    struct pykvm_fake_exit *script;
+    struct pykvm_fake_exit *last;
+    uint32_t count;
+    uint32_t next;
+};
+
+int pykvm_fake_enter(struct pykvm_vcpu *vcpu);
+
 /* cdef: end */
+
+/* Inside C only. */
+
+#define PYKVM_SERVED INT64_MIN /* an action served it: go on */
+#define PYKVM_ALL_ONES UINT64_MAX
+
+/* Serve the access from vcpu->access.index on: PYKVM_SERVED or what to return. */
+int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu);
+/* Python's answer to the pending item: 0, or -EINVAL when it does not fit. */
+int pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
+/* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
+void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
+int64_t pykvm_now(void);
 
 #endif

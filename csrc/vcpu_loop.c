@@ -4,10 +4,6 @@
 #include <errno.h>
 #include <sys/ioctl.h>
 
-#ifndef KVM_EXIT_MEMORY_FAULT /* Linux 6.8 */
-#define KVM_EXIT_MEMORY_FAULT 39
-#endif
-
 /* What KVM_CAP_SYNC_REGS does on entry and exit, for a KVM that lacks it. */
 static int write_back(struct pykvm_vcpu *vcpu)
 {

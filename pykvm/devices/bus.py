@@ -1,0 +1,335 @@
+"""The bus: who serves which ports and guest-physical addresses.
+
+A :class:`Bus` is one address space, ``m.pio`` or ``m.mmio``. A claim takes a range of it, served
+by an action in C, which costs no Python, or by a Python handler. The C loop reads a sorted table
+(``csrc/bus.c``); the table never changes, a new one is published in its place.
+"""
+
+from __future__ import annotations
+
+import os
+
+from pykvm._abi import ffi, lib
+from pykvm.devices.access import Access, MmioAccess, PioAccess
+from pykvm.devices.ring import KEEP_BYTES, Fifo, Log
+from pykvm.errors import BusOverlapError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    Handler = Callable[[Any], int | None]
+    Slot = tuple[Handler, type[Access], int]
+    DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
+
+ALL_ONES = (1 << 64) - 1
+"""The answer of an empty bus, whatever the width."""
+
+
+def _no_handler(access: Access) -> int | None:
+    """Stand in for the handler of a claim that has none, or that was released."""
+    return None
+
+
+class Claim:
+    """A claimed range: first and last address inclusive, and what serves it.
+
+    Attributes:
+        first, last: ports or guest-physical addresses.
+        on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
+        value: what reads answer where the action does not say.
+        handler: the Python handler, or None.
+        device: the :class:`Fifo`, :class:`Log` or eventfd number behind it, or None.
+    """
+
+    __slots__ = (
+        "_bus", "_hits", "device", "first", "handler", "in_kernel", "last", "on_read", "on_write",
+        "slot", "tag", "value",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        bus: Bus,
+        first: int,
+        last: int,
+        on_read: int,
+        on_write: int,
+        value: int = 0,
+        handler: Handler | None = None,
+        device: Any = None,
+        tag: str = "",
+    ) -> None:
+        self._bus = bus
+        self._hits = ffi.new("uint64_t *")
+        self.first = first
+        self.last = last
+        self.on_read = on_read
+        self.on_write = on_write
+        self.value = value
+        self.handler = handler
+        self.device = device
+        self.tag = tag
+        self.slot = 0
+        self.in_kernel: list[tuple[int, int | None]] = []
+
+    @property
+    def hits(self) -> int:
+        """Accesses so far. Those that an in-kernel ioeventfd took do not reach us to be counted."""
+        return int(self._hits[0])
+
+    def release(self) -> None:
+        """Give the range back; its eventfds are closed. Idempotent."""
+        self._bus.release(self)
+
+    def __repr__(self) -> str:
+        names = {self.on_read: "", self.on_write: ""}
+        actions = "/".join(_ACTION_NAMES[a] for a in names)
+        return f"<{self._bus.name} {self.first:#x}..{self.last:#x} {actions}, {self.hits} hits>"
+
+
+_ACTION_NAMES = {
+    lib.PYKVM_PYTHON: "python",
+    lib.PYKVM_IGNORE: "ignore",
+    lib.PYKVM_CONSTANT: "constant",
+    lib.PYKVM_LOG: "log",
+    lib.PYKVM_FIFO: "fifo",
+    lib.PYKVM_EVENTFD: "eventfd",
+    lib.PYKVM_STOP: "stop",
+}
+
+
+class Bus:
+    """One address space. Claims may come and go while the guest runs.
+
+    Args:
+        name: ``"pio"`` or ``"mmio"``.
+        slots: the machine's table of Python handlers, shared by both buses.
+        doorbell: asks KVM for an ioeventfd: ``(claim, size, datamatch, on) -> done``; None without
+            KVM.
+    """
+
+    def __init__(
+        self, name: str, slots: list[Slot], doorbell: DoorbellFn | None = None
+    ) -> None:
+        if name not in ("pio", "mmio"):
+            raise ValueError(f'a bus is "pio" or "mmio", not {name!r}')
+        self.name = name
+        self._limit = 0x10000 if name == "pio" else 1 << 64
+        self._kind: type[Access] = PioAccess if name == "pio" else MmioAccess
+        self._slots = slots
+        self._doorbell = doorbell
+        self._claims: list[Claim] = []
+        self._vcpus: list[Any] = []
+        self._alive: list[Any] = []  # every table that a running loop may still be reading
+
+    # ---- claiming ------------------------------------------------------------------------------
+
+    def handle(self, first: int, handler: Handler, length: int = 1) -> Claim:
+        """Serve ``length`` addresses from ``first`` by a Python handler.
+
+        The handler gets a :class:`PioAccess` or :class:`MmioAccess`; what it returns answers a
+        read (None answers all ones). An access belongs to the range in which it begins.
+        """
+        if not callable(handler):
+            raise TypeError(f"a handler must be callable, not {type(handler).__name__}")
+        return self._claim(first, length, lib.PYKVM_PYTHON, lib.PYKVM_PYTHON, handler=handler)
+
+    def ignore(self, first: int, length: int = 1) -> Claim:
+        """Writes vanish, reads answer all ones; the claim counts both (:attr:`Claim.hits`)."""
+        return self._claim(first, length, lib.PYKVM_IGNORE, lib.PYKVM_IGNORE)
+
+    count = ignore
+
+    def constant(self, first: int, value: int, length: int = 1) -> Claim:
+        """Reads answer ``value`` (its low bytes, little endian), writes vanish."""
+        return self._claim(first, length, lib.PYKVM_CONSTANT, lib.PYKVM_IGNORE, value)
+
+    def log(
+        self,
+        first: int,
+        length: int = 1,
+        *,
+        value: int = 0,
+        capacity: int = 4096,
+        sink: Callable[[list[Any]], object] | None = None,
+        keep: int = KEEP_BYTES,
+    ) -> Log:
+        """Write every access down as a record; reads answer ``value``.
+
+        Returns:
+            The :class:`~pykvm.devices.ring.Log`; ``read()`` it, or give a ``sink``.
+        """
+        log = Log(capacity=capacity, sink=sink, keep=keep)
+        self._claim(first, length, lib.PYKVM_LOG, lib.PYKVM_LOG, value, device=log)
+        return log
+
+    def fifo(
+        self,
+        first: int,
+        *,
+        empty: int = 0,
+        capacity: int = 4096,
+        sink: Callable[[bytes], object] | None = None,
+        keep: int = KEEP_BYTES,
+    ) -> Fifo:
+        """A data register: written bytes are kept for Python, reads take what Python queued.
+
+        Args:
+            first: the port or address.
+            empty: what a read answers when nothing is queued.
+            capacity: size of each ring in bytes, a power of two.
+            sink: is called with batches of bytes instead of keeping them for ``read()``.
+            keep: how many unread bytes are kept before the run ends in a RingFullError.
+        """
+        fifo = Fifo(capacity=capacity, sink=sink, keep=keep)
+        self._claim(first, 1, lib.PYKVM_FIFO, lib.PYKVM_FIFO, empty, device=fifo)
+        return fifo
+
+    def stop(self, first: int, length: int = 1, *, tag: str = "stopped") -> Claim:
+        """A write ends the run with reason ``tag`` and the written value as its code."""
+        return self._claim(first, length, lib.PYKVM_IGNORE, lib.PYKVM_STOP, tag=tag)
+
+    def eventfd(
+        self, first: int, fd: int, *, size: int = 0, datamatch: int | None = None, value: int = 0
+    ) -> Claim:
+        """A doorbell: a write adds 1 to the eventfd ``fd``, in the kernel where KVM can.
+
+        Args:
+            first: port or address; ``size`` bytes wide, or 1 if that is 0.
+            fd: an eventfd, which stays the caller's.
+            size: in-kernel match of the width: 1, 2, 4, 8; 0 any (KVM_CAP_IOEVENTFD_ANY_LENGTH).
+            datamatch: only this value rings in the kernel; others still ring through C.
+            value: what reads answer.
+        """
+        os.fstat(fd)
+        claim = self._claim(
+            first, max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, device=fd
+        )
+        if self._doorbell is not None and self._doorbell(claim, size, datamatch, True):
+            claim.in_kernel.append((size, datamatch))
+        return claim
+
+    def _claim(
+        self, first: int, length: int, on_read: int, on_write: int, value: int = 0, **rest: Any
+    ) -> Claim:
+        if not 0 <= first < self._limit or length < 1 or first + length > self._limit:
+            raise ValueError(
+                f"{self.name} range {first:#x}, {length} long, is outside 0..{self._limit - 1:#x}"
+            )
+        if not 0 <= value <= ALL_ONES:
+            raise ValueError(f"value {value:#x} does not fit 64 bits")
+        claim = Claim(self, first, first + length - 1, on_read, on_write, value, **rest)
+        at = self._position(first)
+        for other in self._claims[max(at - 1, 0) : at + 1]:
+            if other.first <= claim.last and claim.first <= other.last:
+                raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
+        claim.slot = self._take_slot(claim)
+        self._claims.insert(at, claim)
+        self._changed()
+        return claim
+
+    def _position(self, first: int) -> int:
+        low, high = 0, len(self._claims)
+        while low < high:
+            middle = (low + high) // 2
+            if self._claims[middle].first < first:
+                low = middle + 1
+            else:
+                high = middle
+        return low
+
+    def _take_slot(self, claim: Claim) -> int:
+        """Every claim has a slot: C names by it whose ring is full or whose port said stop."""
+        entry = (claim.handler or _no_handler, self._kind, claim.first)
+        for number, (handler, _, _) in enumerate(self._slots):
+            if handler is _free:
+                self._slots[number] = entry
+                return number
+        if len(self._slots) >= lib.PYKVM_SLOTS:
+            raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
+        self._slots.append(entry)
+        return len(self._slots) - 1
+
+    def release(self, claim: Claim) -> None:
+        """Give a range back. Idempotent."""
+        if claim not in self._claims:
+            return
+        for size, datamatch in claim.in_kernel:
+            assert self._doorbell is not None
+            self._doorbell(claim, size, datamatch, False)
+        claim.in_kernel.clear()
+        self._claims.remove(claim)
+        self._slots[claim.slot] = (_free, self._kind, 0)
+        self._changed()
+        if isinstance(claim.device, (Fifo, Log)):
+            claim.device.close()
+
+    # ---- looking up ----------------------------------------------------------------------------
+
+    def find(self, address: int) -> Claim | None:
+        """The claim that serves an address, or None."""
+        at = self._position(address + 1) - 1
+        if at >= 0 and self._claims[at].first <= address <= self._claims[at].last:
+            return self._claims[at]
+        return None
+
+    def __iter__(self) -> Any:
+        return iter(tuple(self._claims))
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+    def __repr__(self) -> str:
+        return "\n".join([f"<Bus {self.name}: {len(self)} claims>", *map(repr, self._claims)])
+
+    def drain(self) -> None:
+        """Empty every ring into its Python end."""
+        for claim in self._claims:
+            if isinstance(claim.device, (Fifo, Log)):
+                claim.device.drain()
+
+    def close(self) -> None:
+        """Release every claim."""
+        for claim in tuple(self._claims):
+            claim.in_kernel.clear()  # they go with the VM's fd
+            self.release(claim)
+
+    # ---- the table for C -----------------------------------------------------------------------
+
+    def attach(self, vcpu: Any) -> None:
+        """Let a ``struct pykvm_vcpu`` use this bus from now on."""
+        self._vcpus.append(vcpu)
+        if not self._alive:
+            self._alive = [self._build()]
+        setattr(vcpu, self.name, self._alive[-1][0])
+
+    def _changed(self) -> None:
+        if self._vcpus:
+            running = any(vcpu.tid for vcpu in self._vcpus)
+            fresh = self._build()
+            for vcpu in self._vcpus:
+                setattr(vcpu, self.name, fresh[0])
+            self._alive = [*self._alive, fresh] if running else [fresh]
+
+    def _build(self) -> Any:
+        ranges = ffi.new("struct pykvm_range[]", max(len(self._claims), 1))
+        for c, claim in zip(ranges, self._claims, strict=False):
+            c.first, c.last, c.value = claim.first, claim.last, claim.value
+            c.on_read, c.on_write, c.slot = claim.on_read, claim.on_write, claim.slot
+            c.hits = claim._hits
+            if isinstance(claim.device, (Fifo, Log)):
+                c.out = claim.device.output.c
+            if isinstance(claim.device, Fifo):
+                setattr(c, "in", claim.device.input.c)
+            elif isinstance(claim.device, int):
+                c.fd = claim.device
+        table = ffi.new("struct pykvm_table *")
+        table.count = len(self._claims)
+        table.ranges = ranges
+        return table, ranges, tuple(self._claims)  # the claims keep hits and rings alive
+
+
+def _free(access: Access) -> int | None:
+    """Mark a slot that belongs to no claim. A late access finds an empty bus."""
+    return None
