@@ -1,0 +1,161 @@
+"""Structures of variable size, and the arguments that build them: CPUID leaves and MSRs.
+
+The kernel's lists come in a structure with a count in front. Asking for one is a guess at the
+count, answered by E2BIG when it was too small (some ioctls then store the count they want).
+"""
+
+from __future__ import annotations
+
+import errno
+
+from pykvm._abi import ffi, lib
+from pykvm.errors import KvmError
+
+from .ioctl import call
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+    from typing import Any
+
+    from .handle import Handle
+
+CPUID_ENTRIES = 128  # of today's kernels, 40 to 80 are used
+MAX_LIST = 1 << 16  # no list of KVM is longer; a kernel that wants more is not answering sensibly
+MSRS_PER_CALL = 255  # MAX_IO_MSRS of arch/x86/kvm/x86.c is 256, and KVM takes fewer than that
+
+
+def new_cpuid2(entries: Iterable[Any]) -> Any:
+    """A ``struct kvm_cpuid2 *`` holding copies of ``struct kvm_cpuid_entry2`` entries.
+
+    Build it once and give it to :meth:`Vcpu.set_cpuid2` of many vCPUs.
+    """
+    items = list(entries)
+    cpuid = ffi.new("struct kvm_cpuid2 *", {"nent": len(items), "entries": len(items)})
+    for index, entry in enumerate(items):
+        cpuid.entries[index] = pointer(entry, "struct kvm_cpuid_entry2 *")[0]
+    return cpuid
+
+
+def read_cpuid(handle: Handle, name: str) -> list[Any]:
+    """The entries that a KVM_GET_*CPUID* ioctl returns, each an object of its own."""
+    count = CPUID_ENTRIES
+    while True:
+        cpuid = ffi.new("struct kvm_cpuid2 *", {"nent": count, "entries": count})
+        try:
+            call(handle, name, cpuid)
+        except KvmError as error:
+            if error.errno != errno.E2BIG or count >= MAX_LIST:
+                raise
+            # KVM_GET_CPUID2 says how many it wants; the others leave nent alone.
+            count = min(max(cpuid.nent, count * 2), MAX_LIST)
+            continue
+        return [ffi.new("struct kvm_cpuid_entry2 *", cpuid.entries[i])[0] for i in range(cpuid.nent)]
+
+
+def read_indices(handle: Handle, name: str) -> list[int]:
+    """The MSR indices that a KVM_GET_MSR_*INDEX_LIST ioctl returns."""
+    count = 0
+    while True:
+        listing = ffi.new("struct kvm_msr_list *", {"nmsrs": count, "indices": count})
+        try:
+            call(handle, name, listing)
+        except KvmError as error:
+            if error.errno != errno.E2BIG or not count < listing.nmsrs <= MAX_LIST:
+                raise
+            count = listing.nmsrs
+            continue
+        return ffi.unpack(listing.indices, listing.nmsrs) if listing.nmsrs else []
+
+
+class MsrError(KvmError):
+    """KVM stopped at one MSR of a list.
+
+    The ioctl itself returned a number, not an error: how many MSRs it had done. So ``errno`` is
+    EINVAL by convention.
+
+    Attributes:
+        index: the MSR that was refused.
+        done: how many before it were read or written.
+    """
+
+    def __init__(self, ioctl: str, index: int, done: int, value: int | None = None) -> None:
+        if value is None:
+            text = f"MSR {index:#x} cannot be read: not known to this KVM, or not in this CPUID"
+        else:
+            text = (
+                f"MSR {index:#x} does not take {value:#x}: a reserved bit, read-only, or not "
+                "known to this KVM or in this vCPU's CPUID"
+            )
+        super().__init__(ioctl, errno.EINVAL, f"{text} (after {done} others)")
+        self.index = index
+        self.done = done
+        self.value = value
+
+    def __reduce__(self) -> Any:
+        return MsrError, (self.ioctl, self.index, self.done, self.value)
+
+
+def read_msrs(handle: Handle, indices: Iterable[int]) -> dict[int, int]:
+    """KVM_GET_MSRS for any number of MSRs; see :class:`MsrError`."""
+    wanted = list(indices)
+    values: dict[int, int] = {}
+    for start in range(0, len(wanted), MSRS_PER_CALL):
+        chunk = wanted[start : start + MSRS_PER_CALL]
+        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(chunk), "entries": len(chunk)})
+        entries = msrs.entries
+        for i, index in enumerate(chunk):
+            entries[i].index = index
+        done = call(handle, "KVM_GET_MSRS", msrs)
+        if done < len(chunk):
+            raise MsrError("KVM_GET_MSRS", chunk[done], start + done)
+        for i, index in enumerate(chunk):
+            values[index] = entries[i].data
+    return values
+
+
+def write_msrs(handle: Handle, values: Mapping[int, int]) -> None:
+    """KVM_SET_MSRS for any number of MSRs, in the order given; see :class:`MsrError`."""
+    items = list(values.items())
+    for start in range(0, len(items), MSRS_PER_CALL):
+        chunk = items[start : start + MSRS_PER_CALL]
+        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(chunk), "entries": len(chunk)})
+        entries = msrs.entries
+        for i, (index, value) in enumerate(chunk):
+            entry = entries[i]
+            entry.index = index
+            entry.data = value
+        done = call(handle, "KVM_SET_MSRS", msrs)
+        if done < len(chunk):
+            index, value = chunk[done]
+            raise MsrError("KVM_SET_MSRS", index, start + done, value)
+
+
+def get(handle: Handle, name: str, type: str) -> Any:
+    """Issue a KVM_GET_* ioctl that fills one structure; return the structure."""
+    struct = ffi.new(type)
+    call(handle, name, struct)
+    return struct
+
+
+def pointer(struct: Any, type: str) -> Any:
+    """The pointer to a cffi structure, given as a pointer or as the structure itself.
+
+    Errors: :class:`TypeError` for a structure of another type, which KVM would read beyond its
+    end.
+    """
+    wanted = ffi.typeof(type)
+    given = ffi.typeof(struct) if isinstance(struct, ffi.CData) else struct.__class__
+    if given is wanted:
+        return struct
+    if given is wanted.item:
+        return ffi.addressof(struct)
+    name = given.cname if isinstance(given, ffi.CType) else given.__name__
+    raise TypeError(f"this takes a {type[:-2]}, not a {name}")
+
+
+def new_enable_cap(cap: int | str, args: tuple[int, ...], flags: int) -> Any:
+    """The argument of KVM_ENABLE_CAP."""
+    struct = ffi.new("struct kvm_enable_cap *", {"flags": flags, "args": args})
+    struct.cap = getattr(lib, cap) if isinstance(cap, str) else cap
+    return struct
