@@ -1,0 +1,352 @@
+"""A vCPU as its registers: ``cpu.rax``, ``cpu.al``, ``cpu.cs.base``, ``cpu.cr0``, ``cpu.msr[…]``.
+
+Registers live in the run page that KVM shares with us (KVM_CAP_SYNC_REGS, api.rst 5.): the first
+one that is read after an exit costs an ioctl and asks KVM to leave them there at every later exit;
+a changed one is marked, and KVM takes it over on the next entry. Registers that nobody asks for
+cost nothing.
+"""
+
+from __future__ import annotations
+
+from _thread import get_ident
+
+from pykvm._abi import ffi, lib
+from pykvm.errors import BusyError, ClosedError
+from pykvm.registers import Control, Flag, Part, SegmentSlot, TableSlot, Whole
+from pykvm.result import CpuState
+from pykvm.vcpu_thread import Runner
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.arch.x86_64.modes import Entry
+    from pykvm.arch.x86_64.rules import Finding
+    from pykvm.arch.x86_64.walk import Walk
+    from pykvm.kvm import Vcpu
+    from pykvm.memory import GuestMemory
+
+REGS: int = lib.KVM_SYNC_X86_REGS
+SREGS: int = lib.KVM_SYNC_X86_SREGS
+
+
+class Cpu:
+    """One vCPU of a machine.
+
+    Registers read and write as integers; a smaller part of one behaves as the hardware has it
+    (writing ``eax`` clears the upper half of ``rax``, writing ``al`` leaves the rest).
+
+    A vCPU that is stopped may be used from any thread. While it runs, only handlers that run in
+    its own thread may touch it; others get a :class:`~pykvm.errors.BusyError`.
+
+    Attributes:
+        index: 0 for the first.
+        entered: whether :meth:`enter` or a register write made it ready to run.
+        ended: why it cannot go on (a triple fault, say) until :meth:`enter`, or "".
+    """
+
+    __slots__ = (
+        "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported", "_vcpu",
+        "ended", "entered", "index", "memory",
+    )  # fmt: skip
+
+    def __init__(
+        self, index: int, vcpu: Vcpu, runner: Runner, memory: GuestMemory, supported: list[Any]
+    ) -> None:
+        self.index = index
+        self.memory = memory
+        self.entered = False
+        self.ended = ""
+        self._vcpu = vcpu
+        self._runner = runner
+        self._supported = supported
+        self._run = run = vcpu.kvm_run
+        self._regs = run.s.regs.regs
+        self._sregs = run.s.regs.sregs
+        self._regs_at = -1  # value of c.entries when the page held them
+        self._sregs_at = -1
+
+    # ---- the run page --------------------------------------------------------------------------
+
+    def load_regs(self) -> Any:
+        """The general registers, up to date: ``struct kvm_regs`` in the run page."""
+        runner = self._runner
+        entries = runner.c.entries
+        if self._regs_at != entries:
+            self._mine()
+            if not self._run.kvm_valid_regs & REGS:
+                self._fetch("KVM_GET_REGS", self._regs)
+                self._run.kvm_valid_regs |= REGS
+            self._regs_at = entries
+        elif runner.owner:
+            self._mine()
+        return self._regs
+
+    def load_sregs(self) -> Any:
+        """The segment and control registers, up to date: ``struct kvm_sregs`` in the run page."""
+        runner = self._runner
+        entries = runner.c.entries
+        if self._sregs_at != entries:
+            self._mine()
+            if not self._run.kvm_valid_regs & SREGS:
+                self._fetch("KVM_GET_SREGS", self._sregs)
+                self._run.kvm_valid_regs |= SREGS
+            self._sregs_at = entries
+        elif runner.owner:
+            self._mine()
+        return self._sregs
+
+    def dirty(self, which: int) -> None:
+        """Have KVM take over the changed registers (REGS, SREGS) on the next entry."""
+        self._run.kvm_dirty_regs |= which
+        self.entered = True
+
+    def close(self) -> None:
+        """Let go of the run page; the machine calls this."""
+        self._runner = _CLOSED
+        self._run = self._regs = self._sregs = None
+
+    def _mine(self) -> None:
+        owner = self._runner.owner
+        if owner and owner != get_ident():
+            raise BusyError(f"cpu {self.index} is running in another thread: stop() it first")
+
+    def _fetch(self, name: str, struct: Any) -> None:
+        from pykvm.kvm.ioctl import call
+
+        call(self._vcpu, name, ffi.addressof(struct))
+
+    def flush(self) -> None:
+        """Write changed registers back now, by KVM_SET_REGS and KVM_SET_SREGS.
+
+        Raises:
+            VcpuExitError: KVM refuses the segment and control registers; the message explains.
+        """
+        self._mine()
+        run = self._run
+        if run.kvm_dirty_regs & SREGS:
+            from pykvm.errors import KvmError
+
+            try:
+                self._vcpu.set_sregs(ffi.addressof(self._sregs))
+            except KvmError as error:
+                from pykvm.diagnose import refused
+
+                raise refused(self, "KVM_SET_SREGS") from error
+        if run.kvm_dirty_regs & REGS:
+            self._vcpu.set_regs(ffi.addressof(self._regs))
+        run.kvm_dirty_regs = 0
+
+    @property
+    def vcpu(self) -> Vcpu:
+        """The :class:`pykvm.kvm.Vcpu` below, for every other ioctl.
+
+        Changed registers are written back first, and are read anew afterwards.
+        """
+        self.flush()
+        self._run.kvm_valid_regs = 0
+        self._regs_at = self._sregs_at = -1
+        return self._vcpu
+
+    # ---- registers -----------------------------------------------------------------------------
+
+    rax = Whole("rax")
+    rbx = Whole("rbx")
+    rcx = Whole("rcx")
+    rdx = Whole("rdx")
+    rsi = Whole("rsi")
+    rdi = Whole("rdi")
+    rsp = Whole("rsp")
+    rbp = Whole("rbp")
+    r8 = Whole("r8")
+    r9 = Whole("r9")
+    r10 = Whole("r10")
+    r11 = Whole("r11")
+    r12 = Whole("r12")
+    r13 = Whole("r13")
+    r14 = Whole("r14")
+    r15 = Whole("r15")
+    rip = Whole("rip")
+    rflags = Whole("rflags")
+
+    eax, ebx, ecx, edx = Part("rax", 32), Part("rbx", 32), Part("rcx", 32), Part("rdx", 32)
+    esi, edi, esp, ebp = Part("rsi", 32), Part("rdi", 32), Part("rsp", 32), Part("rbp", 32)
+    r8d, r9d, r10d, r11d = Part("r8", 32), Part("r9", 32), Part("r10", 32), Part("r11", 32)
+    r12d, r13d, r14d, r15d = Part("r12", 32), Part("r13", 32), Part("r14", 32), Part("r15", 32)
+    eip, eflags = Part("rip", 32), Part("rflags", 32)
+    ax, bx, cx, dx = Part("rax", 16), Part("rbx", 16), Part("rcx", 16), Part("rdx", 16)
+    si, di, sp, bp = Part("rsi", 16), Part("rdi", 16), Part("rsp", 16), Part("rbp", 16)
+    r8w, r9w, r10w, r11w = Part("r8", 16), Part("r9", 16), Part("r10", 16), Part("r11", 16)
+    r12w, r13w, r14w, r15w = Part("r12", 16), Part("r13", 16), Part("r14", 16), Part("r15", 16)
+    ip, flags = Part("rip", 16), Part("rflags", 16)
+    al, bl, cl, dl = Part("rax", 8), Part("rbx", 8), Part("rcx", 8), Part("rdx", 8)
+    ah, bh, ch, dh = Part("rax", 8, 8), Part("rbx", 8, 8), Part("rcx", 8, 8), Part("rdx", 8, 8)
+    sil, dil, spl, bpl = Part("rsi", 8), Part("rdi", 8), Part("rsp", 8), Part("rbp", 8)
+    r8b, r9b, r10b, r11b = Part("r8", 8), Part("r9", 8), Part("r10", 8), Part("r11", 8)
+    r12b, r13b, r14b, r15b = Part("r12", 8), Part("r13", 8), Part("r14", 8), Part("r15", 8)
+
+    cf, pf, af, zf, sf = Flag(0), Flag(2), Flag(4), Flag(6), Flag(7)
+    tf, interrupts, df, of = Flag(8), Flag(9), Flag(10), Flag(11)
+
+    cr0, cr2, cr3, cr4, cr8 = (
+        Control("cr0"), Control("cr2"), Control("cr3"), Control("cr4"), Control("cr8"),
+    )  # fmt: skip
+    efer, apic_base = Control("efer"), Control("apic_base")
+
+    cs, ds, es = SegmentSlot("cs"), SegmentSlot("ds"), SegmentSlot("es")
+    fs, gs, ss = SegmentSlot("fs"), SegmentSlot("gs"), SegmentSlot("ss")
+    tr, ldt = SegmentSlot("tr"), SegmentSlot("ldt")
+    gdt, idt = TableSlot("gdt"), TableSlot("idt")
+
+    @property
+    def msr(self) -> MsrView:
+        """Model-specific registers by number or name: ``cpu.msr[0xC0000080]``, ``cpu.msr["EFER"]``."""
+        return MsrView(self)
+
+    @property
+    def regs(self) -> str:
+        """The general registers, RIP and RFLAGS as a printable block."""
+        from pykvm.arch.x86_64.regs import format_regs
+
+        return Text(format_regs(self.load_regs()))
+
+    @property
+    def sregs(self) -> str:
+        """The segment, descriptor-table and control registers as a printable block."""
+        from pykvm.arch.x86_64.regs import format_sregs
+
+        return Text(format_sregs(self.load_sregs()))
+
+    # ---- modes, checks, translation ------------------------------------------------------------
+
+    def enter(
+        self,
+        mode: str,
+        entry: int,
+        *,
+        ring: int = 0,
+        iopl: int = 0,
+        stack: int | None = None,
+        tables: int = 0,
+        **options: Any,
+    ) -> Entry:
+        """Make the vCPU ready to run at ``entry`` in a processor mode.
+
+        Args:
+            mode: ``"real16"``, ``"prot32"`` (flat, paging off) or ``"long64"`` (identity-mapped).
+            entry: guest-physical address of the first instruction.
+            ring: 0, or 3 for native speed on back ends that emulate ring 0.
+            iopl: I/O privilege level; 3 lets ring 3 use ports.
+            stack: initial RSP; below the entry by default.
+            tables: page-aligned guest-physical address of the block for GDT, TSS and page tables;
+                which addresses are used stands in ``pykvm.arch.x86_64.layout``.
+            options: more, see ``pykvm.arch.x86_64.modes.enter``.
+
+        Returns:
+            What was set up: GDT, TSS and page tables, with readable reprs.
+
+        Raises:
+            ValueError: unknown mode, entry out of reach for it, and the like.
+            GuestMemoryError: the tables do not lie in RAM.
+        """
+        from pykvm.arch.x86_64 import modes
+
+        if self._runner.c.entries:
+            self._forget_history()
+        set_up = modes.enter(
+            mode, sregs=self.load_sregs(), regs=self.load_regs(), memory=self.memory,
+            entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,
+        )  # fmt: skip
+        self.dirty(REGS | SREGS)
+        self.ended = ""
+        return set_up
+
+    def _forget_history(self) -> None:
+        """What a vCPU that ran drags along: a half-done access, a pending exception, a halt."""
+        self._runner.complete()
+        vcpu = self._vcpu
+        vcpu.set_vcpu_events(ffi.new("struct kvm_vcpu_events *"))
+        if vcpu.get_mp_state() != lib.KVM_MP_STATE_RUNNABLE:
+            vcpu.set_mp_state(lib.KVM_MP_STATE_RUNNABLE)
+        self._regs_at = self._sregs_at = -1
+
+    def check(self) -> list[Finding]:
+        """What VMX, SVM or KVM would refuse about the registers as they stand; [] if nothing.
+
+        Pure: nothing is run. Every finding names the rule, its clause and the remedy.
+        """
+        from pykvm.arch.x86_64 import cpuid, rules
+
+        regs = self.load_regs()
+        return rules.check(
+            self.load_sregs(), regs.rip, regs.rflags, phys_bits=cpuid.phys_bits(self._supported)
+        )
+
+    def translate(self, gva: int, access: str = "r") -> Walk:
+        """Walk the page tables for a guest-virtual (linear) address.
+
+        Returns:
+            The walk: ``.gpa`` or ``.fault``, and step by step when printed.
+        """
+        from pykvm.arch.x86_64.walk import walk_sregs
+
+        return walk_sregs(self.memory, self.load_sregs(), gva, access)
+
+    def code(self, length: int = 16) -> bytes:
+        """The bytes at CS:RIP, as many as are readable."""
+        from pykvm.arch.x86_64.walk import read_virtual
+
+        sregs = self.load_sregs()
+        return read_virtual(self.memory, sregs, sregs.cs.base + self.load_regs().rip, length)
+
+    def state(self, halted: bool = False) -> CpuState:
+        """Where the vCPU is, for a result. ``halted``: it is known to have executed HLT."""
+        regs = self.load_regs()
+        if not halted:
+            halted = self._vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED
+        return CpuState(self.index, regs.rip, self.code(), halted, bool(regs.rflags & 1 << 9))
+
+    def __repr__(self) -> str:
+        return f"<Cpu {self.index}{' ' + self.ended if self.ended else ''}>\n{self.regs}\n{self.sregs}"
+
+
+class _Closed:
+    """The runner of a machine that is closed."""
+
+    @property
+    def c(self) -> Any:
+        raise ClosedError("this machine is closed")
+
+    owner = c
+
+
+_CLOSED: Any = _Closed()
+
+
+class Text(str):
+    """A string whose repr is itself, so that it prints well at a prompt."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+class MsrView:
+    """``cpu.msr``: one KVM_GET_MSRS or KVM_SET_MSRS an access."""
+
+    __slots__ = ("_cpu",)
+
+    def __init__(self, cpu: Cpu) -> None:
+        self._cpu = cpu
+
+    def __getitem__(self, which: int | str) -> int:
+        from pykvm.arch.x86_64.msrs import number
+
+        index = number(which)
+        return self._cpu.vcpu.get_msrs([index])[index]
+
+    def __setitem__(self, which: int | str, value: int) -> None:
+        from pykvm.arch.x86_64.msrs import number
+
+        self._cpu.vcpu.set_msrs({number(which): value})

@@ -1,0 +1,461 @@
+"""A virtual machine in a few lines: memory, vCPUs, handlers, and runs that end in a value."""
+
+from __future__ import annotations
+
+import os
+import time
+
+from pykvm import result as reasons
+from pykvm._abi import lib
+from pykvm.cpu import Cpu
+from pykvm.devices.bus import Bus
+from pykvm.errors import ClosedError
+from pykvm.kvm import Kvm
+from pykvm.memory import GuestMemory
+from pykvm.result import RunResult
+from pykvm.vcpu_thread import NEVER, End, Runner
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+    from typing import Any, Self, TypeVar
+
+    from pykvm.devices.bus import Claim, Slot
+    from pykvm.kvm import Vm
+
+    Function = TypeVar("Function", bound=Callable[..., Any])
+
+MAX_CPUS = 288
+
+_supported_cpuid: dict[str, list[Any]] = {}  # by device path: a constant of the host
+
+
+class Machine:
+    """A virtual machine for tiny guests.
+
+    ::
+
+        with pykvm.Machine(memory="2M") as m:
+            m.load(pykvm.asm("mov al,'H'; out 0xe9,al; hlt"), at=0x8000)
+            m.cpu.enter("long64", entry=0x8000)
+            m.on_pio(0xE9, lambda exit: print(chr(exit.value), end=""))
+            print(m.run(timeout=0.5))
+
+    Args:
+        memory: RAM from address 0 on, in bytes or as ``"2M"``; or a ``GuestMemory`` of your own
+            regions, which the machine then owns.
+        cpus: number of vCPUs.
+        irqchip: an in-kernel PIC, IOAPIC and LAPICs (KVM_CREATE_IRQCHIP). HLT then waits in the
+            kernel and never exits, and vCPUs but the first wait for their start-up IPI.
+        pit: an in-kernel i8254 timer; needs irqchip.
+        cpuid: ``"host"`` for everything that KVM supports here, a list of
+            ``struct kvm_cpuid_entry2``, or None for none at all.
+        path: the KVM device.
+
+    Attributes:
+        memory: the :class:`~pykvm.memory.GuestMemory`; also ``m.mem``.
+        cpus: the :class:`~pykvm.Cpu` objects; ``m.cpu`` is the first.
+        pio, mmio: the buses; their actions (``m.pio.fifo(0x3f8)``) need no Python per access.
+        vm, kvm: the objects of :mod:`pykvm.kvm` below, for every other ioctl.
+
+    Raises:
+        CapabilityError: no usable KVM, with the remedy.
+
+    A machine belongs to the process that made it: after fork() its ioctls fail with EIO.
+    """
+
+    def __init__(
+        self,
+        memory: int | str | GuestMemory = "2M",
+        *,
+        cpus: int = 1,
+        irqchip: bool = False,
+        pit: bool = False,
+        cpuid: str | list[Any] | None = "host",
+        path: str = "/dev/kvm",
+    ) -> None:
+        if not 1 <= cpus <= MAX_CPUS:
+            raise ValueError(f"cpus must be 1..{MAX_CPUS}, not {cpus}")
+        if pit and not irqchip:
+            raise ValueError("pit=True needs irqchip=True: the timer interrupts through it")
+        self.cpus: tuple[Cpu, ...] = ()
+        self._runners: list[Runner] = []
+        self._slots: list[Slot] = []
+        self._hooks: dict[int, Callable[[Any], object]] = {}
+        self._msrs: dict[int, Callable[[Any], object]] = {}
+        self._closed = False
+        self._irqchip = irqchip
+        self.pio = Bus("pio", self._slots, self._doorbell)
+        self.mmio = Bus("mmio", self._slots, self._doorbell)
+        self._owns = not isinstance(memory, GuestMemory)
+        self.kvm = Kvm(path)
+        try:
+            self.vm: Vm = self.kvm.create_vm()
+            try:
+                self.memory = memory if isinstance(memory, GuestMemory) else GuestMemory(memory)
+                self._populate(cpus, irqchip, pit, cpuid)
+            except BaseException:
+                self.close()
+                raise
+        except BaseException:
+            self.kvm.close()
+            raise
+
+    def _populate(
+        self, cpus: int, irqchip: bool, pit: bool, cpuid: str | list[Any] | None
+    ) -> None:
+        self.memory.attach(self._register)
+        if irqchip:
+            self.vm.create_irqchip()
+        if pit:
+            self.vm.create_pit2()
+        entries = self._cpuid(cpuid)
+        sync_regs = bool(self.kvm.check_extension("KVM_CAP_SYNC_REGS"))
+        made = []
+        for index in range(cpus):
+            vcpu = self.vm.create_vcpu(index)
+            runner = Runner(
+                vcpu,
+                index,
+                self._slots,
+                (self.pio, self.mmio),
+                self._hooks,
+                self._msrs,
+                sync_regs,
+            )
+            self._runners.append(runner)
+            if entries:
+                vcpu.set_cpuid2(_for_cpu(entries, index))
+            made.append(Cpu(index, vcpu, runner, self.memory, entries))
+        self.cpus = tuple(made)
+
+    def _cpuid(self, cpuid: str | list[Any] | None) -> list[Any]:
+        if cpuid is None:
+            return []
+        if isinstance(cpuid, str):
+            if cpuid != "host":
+                raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
+            cached = _supported_cpuid.get(self.kvm.path)
+            if cached is None:
+                cached = _supported_cpuid[self.kvm.path] = self.kvm.get_supported_cpuid()
+            return cached
+        return cpuid
+
+    def _register(self, region: Any) -> None:
+        self.vm.set_user_memory_region(
+            region.slot,
+            region.guest_phys_addr,
+            region.memory_size,
+            region.userspace_addr,
+            region.flags,
+        )
+
+    # ---- guests --------------------------------------------------------------------------------
+
+    @property
+    def cpu(self) -> Cpu:
+        """The first vCPU."""
+        return self.cpus[0]
+
+    @property
+    def mem(self) -> GuestMemory:
+        """The guest's memory; short for ``m.memory``."""
+        return self.memory
+
+    def load(self, image: bytes, at: int | None = None) -> None:
+        """Copy a flat image into memory, ROM included.
+
+        Args:
+            image: bytes, or what ``pykvm.asm`` returned.
+            at: guest-physical address; default where ``asm`` linked it.
+        """
+        if at is None:
+            at = getattr(image, "at", None)
+            if at is None:
+                raise TypeError("load(image, at=gpa): say where the image goes")
+        self.memory.load(at, image)
+
+    def load_elf(self, path: str | os.PathLike[str]) -> Any:
+        """Load a static ELF guest by its program headers.
+
+        Returns:
+            The ``ElfImage``: ``.entry``, ``.mode`` (for ``cpu.enter``) and ``.symbols``.
+
+        Raises:
+            BootError: which field of the file is wrong, expected and found.
+        """
+        from pykvm.boot import elf
+
+        with open(path, "rb") as file:
+            return elf.load(self.memory, file.read())
+
+    # ---- handlers ------------------------------------------------------------------------------
+
+    def on_pio(self, port: int, handler: Function | None = None, *, count: int = 1) -> Any:
+        """Serve ``count`` I/O ports from ``port`` by a Python handler; also a decorator.
+
+        The handler gets a ``PioAccess`` (``.port .size .is_write .value``). What it returns
+        answers an IN; None answers all ones. What it raises ends the run and comes through.
+
+        Raises:
+            BusOverlapError: the port is claimed already.
+        """
+        return self._hook_range(self.pio, port, handler, count)
+
+    def on_mmio(self, gpa: int, length: int, handler: Function | None = None) -> Any:
+        """Serve ``length`` bytes of guest-physical memory by a Python handler; also a decorator.
+
+        The range must not be RAM: KVM serves RAM itself. Else as :meth:`on_pio`, with a
+        ``MmioAccess`` (``.gpa .size .is_write .value``); writes to a read-only region come too.
+        """
+        return self._hook_range(self.mmio, gpa, handler, length)
+
+    def _hook_range(self, bus: Bus, first: int, handler: Any, length: int) -> Any:
+        if handler is not None:
+            bus.handle(first, handler, length)
+            return handler
+
+        def decorate(function: Function) -> Function:
+            bus.handle(first, function, length)
+            return function
+
+        return decorate
+
+    def on_hlt(self, handler: Function) -> Function:
+        """Call ``handler(exit)`` on every HLT exit; the guest goes on unless it returns False."""
+        return self._hook(lib.KVM_EXIT_HLT, handler)
+
+    def on_shutdown(self, handler: Function) -> Function:
+        """Call ``handler(exit)`` on a triple fault.
+
+        The guest goes on if the handler set registers (``m.cpu.enter(…)``) and did not return
+        False.
+        """
+        return self._hook(lib.KVM_EXIT_SHUTDOWN, handler)
+
+    def on_exit(self, reason: int, handler: Function | None = None) -> Any:
+        """Call ``handler(exit)`` on any other exit, ``pykvm.kvm.KVM_EXIT_*``; also a decorator.
+
+        The exit is typed (``pykvm.kvm.exits``). The guest goes on unless the handler returns
+        False. Ports and MMIO go through the buses instead.
+        """
+        if reason in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
+            raise ValueError("ports and MMIO are served by on_pio() and on_mmio()")
+        if handler is not None:
+            return self._hook(reason, handler)
+        return lambda function: self._hook(reason, function)
+
+    def _hook(self, reason: int, handler: Function) -> Function:
+        if not callable(handler):
+            raise TypeError(f"a handler must be callable, not {type(handler).__name__}")
+        self._hooks[reason] = handler
+        return handler
+
+    def on_msr(self, index: int | str, handler: Function | None = None) -> Any:
+        """Serve RDMSR and WRMSR of one MSR by a Python handler; also a decorator.
+
+        The handler gets an exit with ``.index``, ``.is_write`` and ``.data``. For RDMSR it returns
+        the value (None gives #GP(0)); for WRMSR nothing. False gives #GP(0) for either. KVM takes
+        16 such MSRs; those of the x2APIC never exit.
+
+        Raises:
+            CapabilityError: KVM_CAP_X86_USER_SPACE_MSR or KVM_CAP_X86_MSR_FILTER is missing.
+        """
+        from pykvm.arch.x86_64.msrs import number
+
+        if handler is None:
+            return lambda function: self.on_msr(index, function)
+        from pykvm.kvm import MsrRange
+
+        wanted = {**self._msrs, number(index): handler}
+        self.vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", lib.KVM_MSR_EXIT_REASON_FILTER)
+        both = lib.KVM_MSR_FILTER_READ | lib.KVM_MSR_FILTER_WRITE
+        self.vm.x86_set_msr_filter([MsrRange(both, msr, 1) for msr in wanted])
+        self._msrs.update(wanted)
+        return handler
+
+    def debug_exit(self, port: int = 0xF4) -> Claim:
+        """Let the guest end the run with an exit code: a write to ``port``.
+
+        The run ends with reason "debug-exit" and the written value as ``result.code``.
+        """
+        return self.pio.stop(port, 4 if port <= 0xFFFC else 1, tag=reasons.DEBUG_EXIT)
+
+    def _doorbell(self, claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
+        """Ask KVM to ring an eventfd itself; False where it cannot."""
+        flags = 0 if self.pio.find(claim.first) is not claim else lib.KVM_IOEVENTFD_FLAG_PIO
+        if datamatch is not None:
+            flags |= lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+        if not on:
+            flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        if not self.vm.check_extension("KVM_CAP_IOEVENTFD"):
+            return False
+        if size == 0 and not self.vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH"):
+            return False
+        self.vm.ioeventfd(
+            addr=claim.first, len=size, fd=claim.device, datamatch=datamatch or 0, flags=flags
+        )
+        return True
+
+    # ---- running -------------------------------------------------------------------------------
+
+    def run(self, timeout: float | None = None, *, max_exits: int | None = None) -> RunResult:
+        """Run the vCPUs until something ends the run; again to go on where it ended.
+
+        Every vCPU that was entered runs, each in a thread of its own, the first in the caller's;
+        with ``irqchip`` all run. The run ends when every one of them has halted, or as soon as
+        one ends for any other reason, which then is the result's.
+
+        Args:
+            timeout: seconds, or None for no limit.
+            max_exits: exits that each vCPU may make, or None.
+
+        Returns:
+            How it ended. A guest's failure does not raise: see ``result.error`` and
+            ``result.check()``. Ctrl-C ends it with reason "interrupted".
+
+        Raises:
+            Exception: whatever a handler raised, unchanged.
+            KvmError: KVM_RUN itself failed.
+            BusyError: a vCPU runs already, in another thread.
+            ClosedError: the machine is closed.
+        """
+        if self._closed:
+            raise ClosedError("this machine is closed")
+        if timeout is not None and not timeout >= 0:
+            raise ValueError(f"timeout must be seconds of at least 0, not {timeout!r}")
+        if max_exits is not None and max_exits < 0:
+            raise ValueError(f"max_exits must be at least 0, not {max_exits}")
+        cpus = [cpu for cpu in self.cpus if cpu.entered] or [self.cpus[0]]
+        if self._irqchip:
+            cpus = list(self.cpus)
+        for cpu in cpus:
+            if cpu.ended:
+                return self._still_ended(cpu)
+        before = sum(cpu._runner.c.exits for cpu in cpus)
+        start = time.perf_counter()
+        deadline = NEVER
+        if timeout is not None and timeout < 1e9:
+            deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(timeout * 1e9)
+        if len(cpus) == 1:
+            cpu = cpus[0]
+            try:
+                end = cpu._runner.run(deadline, max_exits)
+            except KeyboardInterrupt:
+                end = End(reasons.INTERRUPTED)
+        else:
+            from pykvm.smp import run_together
+
+            cpu, end = run_together(cpus, deadline, max_exits)
+        seconds = time.perf_counter() - start
+        exits = sum(cpu._runner.c.exits for cpu in cpus) - before
+        result = RunResult(
+            end.reason, exits=exits, seconds=seconds, exit=end.exit, code=end.code, cpu=cpu.index
+        )
+        self.pio.drain()
+        self.mmio.drain()
+        if end.reason != reasons.HALTED:
+            self._finish(result, cpu, cpus)
+        return result
+
+    def _finish(self, result: RunResult, cpu: Cpu, cpus: list[Cpu]) -> None:
+        """Say why, for every end but a plain halt."""
+        if result.reason in (reasons.TIMEOUT, reasons.INTERRUPTED):
+            result.cpus = tuple(each.state() for each in cpus)
+        if result.reason in _FATAL:
+            from pykvm.diagnose import explain
+
+            result.error = explain(cpu, result.reason, result.exit)
+            cpu.ended = result.reason
+        elif not result.ok:
+            from pykvm.diagnose import incomplete
+
+            result.error = incomplete(result)
+        self._last = result
+
+    _last: RunResult | None = None
+
+    def _still_ended(self, cpu: Cpu) -> RunResult:
+        """A triple fault repeats if it is simply re-run; say so again without running."""
+        last = self._last
+        return RunResult(
+            cpu.ended,
+            exit=last.exit if last else None,
+            error=last.error if last else None,
+            cpu=cpu.index,
+        )
+
+    def stop(self) -> None:
+        """End the run with reason "stopped": from a handler, or from any thread.
+
+        If nothing runs the next run ends at once.
+        """
+        for runner in self._runners:
+            runner.stop()
+
+    # ---- life ----------------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._closed
+
+    def close(self) -> None:
+        """Give everything back. Idempotent.
+
+        Views of the memory (``m.mem.view(…)``) stay valid; the mapping goes with the last one.
+
+        Raises:
+            BusyError: a vCPU is running in another thread: stop() it and join that first.
+        """
+        for runner in self._runners:
+            if runner.owner:
+                from pykvm.errors import BusyError
+
+                raise BusyError("a vCPU is running: stop() the machine before closing it")
+        if self._closed:
+            return
+        self._closed = True
+        for cpu in self.cpus:
+            cpu.close()
+        for runner in self._runners:
+            runner.close()
+        self.pio.close()
+        self.mmio.close()
+        self.vm.close()
+        self.kvm.close()
+        memory = getattr(self, "memory", None)
+        if memory is not None:
+            memory.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "<Machine closed>"
+        chip = ", irqchip" if self._irqchip else ""
+        return f"<Machine {len(self.cpus)} cpus{chip}, {self.memory!r}>"
+
+
+_FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
+
+
+def _for_cpu(entries: list[Any], index: int) -> list[Any]:
+    """CPUID as vCPU ``index`` sees it: its own APIC ID (SDM Vol. 2A, CPUID leaves 1, 0BH, 1FH)."""
+    if index == 0:
+        return entries
+    from pykvm.arch.x86_64.cpuid import with_apic_id
+
+    return with_apic_id(entries, index)
+
+

@@ -1,0 +1,136 @@
+"""How a run ended: a value, never an exception, until :meth:`RunResult.check` is called."""
+
+from __future__ import annotations
+
+from pykvm.errors import RunError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any, Self
+
+HALTED = "halted"
+"""Every vCPU that ran executed HLT (without an in-kernel LAPIC: with one, HLT never exits)."""
+STOPPED = "stopped"
+"""``Machine.stop()`` was called, by a handler or another thread, or a stop port was written."""
+DEBUG_EXIT = "debug-exit"
+"""The guest wrote its exit code to the debug-exit port: ``result.code``."""
+TIMEOUT = "timeout"
+"""The time given to the run is over."""
+LIMIT = "limit"
+"""A vCPU made as many exits as it was allowed."""
+INTERRUPTED = "interrupted"
+"""Ctrl-C (SIGINT)."""
+SHUTDOWN = "shutdown"
+"""Triple fault: the processor could not deliver an exception and gave up."""
+FAILED_ENTRY = "failed-entry"
+"""The processor, or KVM, refused to enter the guest with this state."""
+INTERNAL_ERROR = "internal-error"
+"""KVM could not go on, mostly because it cannot emulate an instruction."""
+UNCLAIMED = "unclaimed"
+"""The guest used a port or an address that nobody claimed: ``result.exit``."""
+OTHER_EXIT = "exit"
+"""An exit that no hook handles, decoded in ``result.exit``."""
+
+REASONS = (
+    HALTED, STOPPED, DEBUG_EXIT, TIMEOUT, LIMIT, INTERRUPTED, SHUTDOWN, FAILED_ENTRY,
+    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT,
+)  # fmt: skip
+
+
+class CpuState:
+    """Where a vCPU was when the run ended.
+
+    Attributes:
+        index: which vCPU.
+        rip: its instruction pointer (an offset into CS).
+        code: up to 16 bytes of guest memory there, b"" where nothing is mapped.
+        halted: True if it sits in HLT.
+        interrupts: the state of RFLAGS.IF; a halted vCPU without it never wakes again.
+    """
+
+    __slots__ = ("code", "halted", "index", "interrupts", "rip")
+
+    def __init__(self, index: int, rip: int, code: bytes, halted: bool, interrupts: bool) -> None:
+        self.index = index
+        self.rip = rip
+        self.code = code
+        self.halted = halted
+        self.interrupts = interrupts
+
+    def __repr__(self) -> str:
+        doing = "halted" if self.halted else "running"
+        flag = "IF=1" if self.interrupts else "IF=0"
+        code = self.code.hex(" ") or "nothing mapped"
+        return f"cpu {self.index} {doing} at rip {self.rip:#x} {flag} [{code}]"
+
+
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        reason: one of ``pykvm.result.REASONS``.
+        exits: exits that the guest made in this run, of all its vCPUs.
+        seconds: wall-clock time.
+        exit: the decoded last exit (``pykvm.kvm.exits``) or the access that ended the run, or
+            None where the run did not end with one.
+        code: the exit code, for "debug-exit" and stop ports, else None.
+        cpu: index of the vCPU that ended the run.
+        cpus: where every vCPU was, one :class:`CpuState` each, after "timeout" and "interrupted".
+        error: the explanation as an exception, for the reasons that are failures, else None.
+    """
+
+    __slots__ = ("code", "cpu", "cpus", "error", "exit", "exits", "reason", "seconds")
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        exits: int = 0,
+        seconds: float = 0.0,
+        exit: Any = None,
+        code: int | None = None,
+        cpu: int = 0,
+        cpus: tuple[CpuState, ...] = (),
+        error: Exception | None = None,
+    ) -> None:
+        self.reason = reason
+        self.exits = exits
+        self.seconds = seconds
+        self.exit = exit
+        self.code = code
+        self.cpu = cpu
+        self.cpus = cpus
+        self.error = error
+
+    @property
+    def ok(self) -> bool:
+        """True if the guest came to an end of its own: halted, stopped, or debug-exit with 0."""
+        return self.reason in (HALTED, STOPPED) or (self.reason == DEBUG_EXIT and self.code == 0)
+
+    def check(self) -> Self:
+        """Return self if :attr:`ok`; else raise what happened.
+
+        Raises:
+            KeyboardInterrupt: the run was interrupted by Ctrl-C.
+            VcpuExitError: failed entry, internal error or shutdown, with the explanation.
+            RunError: anything else.
+        """
+        if self.ok:
+            return self
+        if self.reason == INTERRUPTED:
+            raise KeyboardInterrupt
+        raise self.error or RunError(str(self), self)
+
+    def __str__(self) -> str:
+        text = self.reason
+        if self.code is not None:
+            text += f" {self.code}"
+        if self.exit is not None and self.reason in (UNCLAIMED, OTHER_EXIT):
+            text += f" {self.exit!r}"
+        if len(self.cpus) > 1 or self.reason not in (TIMEOUT, INTERRUPTED, LIMIT):
+            text += f" on cpu {self.cpu}" if len(self.cpus) > 1 else ""
+        text += f" after {self.exits} exits, {self.seconds * 1000:.3g} ms"
+        return "\n  ".join([text, *map(repr, self.cpus)])
+
+    def __repr__(self) -> str:
+        return f"<RunResult {self}>"

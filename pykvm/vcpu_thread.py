@@ -1,0 +1,294 @@
+"""The run state machine of one vCPU: drive the C loop, and serve what it hands to Python.
+
+One exit, from end to end: ``pykvm_vcpu_run`` (``csrc/vcpu_loop.c``) runs KVM_RUN, looks the address
+up (``csrc/bus.c``) and either serves it there and goes on, or returns here; :meth:`Runner.run`
+calls the handler and passes its answer with the next call.
+"""
+
+from __future__ import annotations
+
+from _thread import get_ident
+
+from pykvm import result as reasons
+from pykvm._abi import ffi, lib
+from pykvm.devices.access import SLOT_SHIFT, Access, MmioAccess, PioAccess, WideAccess
+from pykvm.devices.bus import ALL_ONES
+from pykvm.errors import BusyError, KvmError
+from pykvm.kvm import ioctl
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pykvm.devices.bus import Bus, Slot
+    from pykvm.kvm import Vcpu
+
+NEVER = (1 << 63) - 1
+"""The deadline (CLOCK_MONOTONIC, ns) of a run without one."""
+UNLIMITED = (1 << 64) - 1
+"""The exit limit of a run without one."""
+
+
+class End:
+    """Why one vCPU's part of a run ended; ``Machine`` makes the ``RunResult`` of it."""
+
+    __slots__ = ("code", "exit", "raised", "reason")
+
+    def __init__(
+        self,
+        reason: str,
+        exit: Any = None,
+        code: int | None = None,
+        raised: BaseException | None = None,
+    ) -> None:
+        self.reason = reason
+        self.exit = exit
+        self.code = code
+        self.raised = raised
+
+
+class Runner:
+    """One vCPU and its side of the C loop (``struct pykvm_vcpu``).
+
+    Args:
+        vcpu: the vCPU, open as long as this is used.
+        index: its number, for records.
+        slots: the machine's table of handlers.
+        buses: (pio, mmio).
+        hooks: handlers of other exits, by exit reason; see ``Machine.on_hlt`` and its like.
+        msrs: handlers of MSR accesses, by MSR.
+        sync_regs: whether KVM has KVM_CAP_SYNC_REGS.
+    """
+
+    def __init__(
+        self,
+        vcpu: Vcpu,
+        index: int,
+        slots: list[Slot],
+        buses: tuple[Bus, Bus],
+        hooks: dict[int, Callable[[Any], object]],
+        msrs: dict[int, Callable[[Any], object]],
+        sync_regs: bool,
+    ) -> None:
+        self.vcpu = vcpu
+        self._page = vcpu.kvm_run  # C has a bare pointer to it
+        self.owner = 0  # ident of the thread that runs it
+        self._slots = slots
+        self._buses = buses
+        self._hooks = hooks
+        self._msrs = msrs
+        self.c = c = ffi.new("struct pykvm_vcpu *")
+        c.run = vcpu.kvm_run
+        c.fd = vcpu.fd
+        c.index = index
+        c.enter = _ENTER
+        c.sync_regs = sync_regs
+        c.exit_limit = UNLIMITED
+        c.deadline = NEVER
+        for bus in buses:
+            bus.attach(c)
+
+    def stop(self) -> None:
+        """End the run, or if there is none the next one. From any thread, also a handler."""
+        if self._page is not None:
+            lib.pykvm_vcpu_stop(self.c)
+
+    def close(self) -> None:
+        """Close the vCPU and let go of its run page."""
+        self.vcpu.close()
+        self._page = None
+
+    def forget_stop(self) -> None:
+        """Take a stop back that came too late for the run it was meant for."""
+        self.c.stop = 0
+        self.c.run.immediate_exit = 0
+
+    def run(self, deadline: int, max_exits: int | None, lock: Any = None) -> End:
+        """Run until something ends it. What handlers raise comes through.
+
+        Args:
+            deadline: CLOCK_MONOTONIC in ns, or NEVER.
+            max_exits: how many exits this run may make, or None.
+            lock: taken around every handler, where several vCPUs share them.
+        """
+        c = self.c
+        if self.owner:
+            raise BusyError(f"cpu {c.index} is running already: stop() it first")
+        self.owner = get_ident()
+        try:
+            c.deadline = deadline
+            c.exit_limit = UNLIMITED if max_exits is None else c.exits + max_exits
+            c.trace = ioctl.tracing()
+            error = lib.pykvm_vcpu_begin(c)
+            if error:
+                raise KvmError("sigaction", -error, _KICK_BUSY)
+            try:
+                return self._loop(c, lock)
+            finally:
+                lib.pykvm_vcpu_end(c)
+        finally:
+            self.owner = 0
+
+    def _loop(self, c: Any, lock: Any) -> End:
+        run = lib.pykvm_vcpu_run
+        slots = self._slots
+        answer: Any = ALL_ONES
+        while True:
+            try:
+                word = run(c, answer)
+            except (TypeError, OverflowError):
+                raise self._bad_answer(answer) from None
+            if word >= 0:
+                handler, kind, base = slots[word >> SLOT_SHIFT]
+                access = kind()
+                access._word = word
+                access._base = base
+                if lock is None:
+                    answer = handler(access)
+                else:
+                    with lock:
+                        answer = handler(access)
+                if answer is None:
+                    answer = ALL_ONES
+            else:
+                if word == lib.PYKVM_BAD_ANSWER:
+                    raise self._bad_answer(answer)
+                answer = ALL_ONES
+                if word == lib.PYKVM_WIDE:
+                    given = self._call(lock, slots[c.access.slot][0], self.access())
+                    answer = ALL_ONES if given is None else given
+                else:
+                    end = self._other(word, lock)
+                    if end is not None:
+                        return end
+
+    def _call(self, lock: Any, handler: Callable[[Any], object], argument: Any) -> Any:
+        if lock is None:
+            return handler(argument)
+        with lock:
+            return handler(argument)
+
+    def _other(self, word: int, lock: Any) -> End | None:
+        """Everything but an access for a handler: None to go on."""
+        c = self.c
+        if word == lib.PYKVM_INTERRUPTED:
+            return None  # back in Python bytecode, so Python has run its signal handlers
+        if word == lib.PYKVM_EXIT:
+            return self._exit(lock)
+        if word == lib.PYKVM_TRACED:
+            if ioctl.tracer is not None:
+                ioctl.tracer(self.vcpu, "KVM_RUN", ffi.NULL, lambda: -c.error)
+            else:
+                c.trace = 0
+            return None
+        if word == lib.PYKVM_FULL:
+            claim = self._claim()
+            if claim is not None:
+                self._call(lock, lambda device: device.drain(), claim.device)
+            return None
+        if word == lib.PYKVM_UNCLAIMED:
+            return End(reasons.UNCLAIMED, self.access())
+        if word == lib.PYKVM_STOPPED:
+            claim = self._claim()
+            tag = claim.tag if claim is not None else reasons.STOPPED
+            return End(tag, self.access(), c.access.value)
+        if word == lib.PYKVM_FAILED:
+            if c.error == _EINVAL and c.run.kvm_dirty_regs:
+                return End(reasons.FAILED_ENTRY)  # the state handed in was refused
+            ioctl.fail(self.vcpu, "KVM_RUN", c.error)
+        return End(_WORDS[word])
+
+    def _exit(self, lock: Any) -> End | None:
+        from pykvm.kvm.exits import decode
+
+        run = self.c.run
+        reason = run.exit_reason
+        exit = decode(run)
+        if reason in _MSR and exit.index in self._msrs:
+            self._msr(exit, self._call(lock, self._msrs[exit.index], exit))
+            return None
+        hook = self._hooks.get(reason)
+        if hook is not None and self._call(lock, hook, exit) is not False:
+            # What is fatal repeats if it is simply re-run: the hook must have set registers.
+            if reason not in _FATAL or run.kvm_dirty_regs:
+                return None
+        return End(_EXITS.get(reason, reasons.OTHER_EXIT), exit)
+
+    def _msr(self, exit: Any, answer: Any) -> None:
+        if answer is False or (answer is None and not exit.is_write):
+            self.vcpu.complete_msr(error=1)
+        elif exit.is_write:
+            self.vcpu.complete_msr()
+        elif isinstance(answer, int) and 0 <= answer < 1 << 64:
+            self.vcpu.complete_msr(answer)
+        else:
+            raise ValueError(f"the handler of MSR {exit.index:#x} answered {answer!r}: no 64-bit int")
+
+    def _claim(self) -> Any:
+        access = self.c.access
+        return self._buses[access.is_mmio].find(access.address)
+
+    def access(self) -> Access:
+        """The access being served, as a value of its own."""
+        a = self.c.access
+        if a.is_mmio:
+            return WideAccess(a.address - a.offset, a.offset, a.value, a.size, bool(a.is_write))
+        access = PioAccess()
+        access._base = a.address
+        size = a.size.bit_length() - 1
+        access._word = a.value | size << lib.PYKVM_SIZE_SHIFT | a.is_write << lib.PYKVM_WRITE_SHIFT
+        return access
+
+    def _bad_answer(self, answer: Any) -> Exception:
+        access = self.access()
+        where = access.gpa if isinstance(access, MmioAccess) else access._base
+        if isinstance(answer, int):
+            return ValueError(
+                f"the handler at {where:#x} answered {answer:#x}, which does not fit the"
+                f" {access.size} byte{'s' * (access.size > 1)} of the read"
+            )
+        return TypeError(
+            f"the handler at {where:#x} must answer a read with an int or None, not"
+            f" {type(answer).__name__}"
+        )
+
+    def complete(self) -> None:
+        """Let KVM finish the instruction of the last exit, without running the guest further.
+
+        PIO and MMIO take effect on re-entry only (api.rst, the note on KVM_EXIT_IO in 5.): until
+        then RIP may still point at the instruction, and its result is missing.
+        """
+        c = self.c
+        if self.owner:
+            raise BusyError(f"cpu {c.index} is running: stop() it first")
+        if not c.entries:
+            return
+        c.run.immediate_exit = 1
+        limit, c.exit_limit, c.deadline, c.trace = c.exit_limit, UNLIMITED, NEVER, 0
+        word = lib.pykvm_vcpu_run(c, ALL_ONES)
+        while word in (lib.PYKVM_UNCLAIMED, lib.PYKVM_STOPPED) or word >= 0:
+            word = lib.pykvm_vcpu_run(c, ALL_ONES)  # the other items of a string instruction
+        c.exit_limit = limit
+        c.run.immediate_exit = 0
+
+
+_ENTER = ffi.addressof(lib, "pykvm_vcpu_enter")
+_EINVAL = 22
+_KICK_BUSY = (
+    f"signal {lib.pykvm_kick_signal()} (SIGRTMIN+5) has a handler already; pykvm needs it to get"
+    " vCPUs out of the guest"
+)
+_WORDS = {
+    lib.PYKVM_LIMIT: reasons.LIMIT,
+    lib.PYKVM_TIMEOUT: reasons.TIMEOUT,
+    lib.PYKVM_KICKED: reasons.STOPPED,
+}
+_MSR = (lib.KVM_EXIT_X86_RDMSR, lib.KVM_EXIT_X86_WRMSR)
+_FATAL = (lib.KVM_EXIT_SHUTDOWN, lib.KVM_EXIT_FAIL_ENTRY, lib.KVM_EXIT_INTERNAL_ERROR)
+_EXITS = {
+    lib.KVM_EXIT_HLT: reasons.HALTED,
+    lib.KVM_EXIT_SHUTDOWN: reasons.SHUTDOWN,
+    lib.KVM_EXIT_FAIL_ENTRY: reasons.FAILED_ENTRY,
+    lib.KVM_EXIT_INTERNAL_ERROR: reasons.INTERNAL_ERROR,
+}
