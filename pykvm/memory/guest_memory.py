@@ -1,0 +1,526 @@
+"""``GuestMemory``: the map of a guest's RAM, and the one door for every guest-physical address.
+
+::
+
+    mem = GuestMemory("2M")                    # RAM at gpa 0
+    mem.add(0xFFFC0000, "256K", readonly=True, name="bios")
+    mem.load(0xFFFC0000, bios)                 # the host fills a ROM; write() would be refused
+    mem[0x1000:0x1004] = b"\\x90\\x90\\xeb\\xfe"
+    mem.u32[0x2000] += 1
+    frame = numpy.asarray(mem.view(0xA0000, 64000))    # no copy
+"""
+
+from __future__ import annotations
+
+from pykvm.errors import ClosedError, GuestMemoryError
+
+from . import backing as _backing
+from .region import Region
+from .region_map import RegionMap
+from .units import check_pages, checked_int, format_size, parse_size
+from .words import Words
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import mmap
+    import os
+    from collections.abc import Callable
+    from typing import Any, overload
+
+    from typing_extensions import Buffer
+
+    from .backing import Backing
+    from .region_map import Piece
+
+    Plain = bytes | memoryview
+    # first gpa, end gpa, mapping, the gpa of the mapping's byte 0
+    Window = tuple[int, int, mmap.mmap, int]
+    # first gpa, end gpa, the region as bytes
+    Octets = tuple[int, int, memoryview]
+
+# MAXPHYADDR is at most 52 (Intel SDM volume 3A, 4.1.4; AMD APM volume 2, 5.1).
+_GPA_LIMIT = 1 << 52
+# KVM keeps the slot number in 16 bits (api.rst 4.35); how many it has, KVM_CAP_NR_MEMSLOTS tells.
+_SLOT_LIMIT = 1 << 16
+
+_FILL_CHUNK = 1 << 20
+
+# No gpa lies in them, not even an empty range.
+_NO_WINDOW: Window = (1, 0, None, 0)  # type: ignore[assignment]
+_NO_OCTETS: Octets = (1, 0, memoryview(b""))
+
+
+class GuestMemory:
+    """Guest RAM and ROM as a sorted map of regions with holes between them.
+
+    ``GuestMemory("2M")`` is 2 MiB of anonymous RAM at gpa 0; ``GuestMemory()`` is empty.
+
+    Addresses are guest-physical, lengths are bytes. A range may span regions that adjoin. Whatever
+    integers a guest supplies, an access returns data or raises ``GuestMemoryError`` with the
+    address and the map; an access that raises has written nothing. No bytes may be accessed
+    anywhere.
+
+    Attributes:
+        u8: the bytes as integers, ``mem.u8[gpa]``; see ``Words``.
+        u16: 16-bit words at any gpa, little endian.
+        u32: 32-bit words at any gpa, little endian.
+        u64: 64-bit words at any gpa, little endian.
+    """
+
+    # The region read last and the one written last are tried first, each in a tuple, which other
+    # threads see whole or not at all. They are never wrong, as regions neither move nor shrink.
+    __slots__ = (
+        "__weakref__",
+        "_map",
+        "_octets",
+        "_register",
+        "_window",
+        "u8",
+        "u16",
+        "u32",
+        "u64",
+    )
+
+    __iter__ = None  # else Python would count up from gpa 0 until an access fails
+
+    def __init__(self, size: int | str | None = None) -> None:
+        self._map = RegionMap()
+        self._register: list[Callable[[Region], object]] = []
+        self._window = _NO_WINDOW
+        self._octets = _NO_OCTETS
+        self.u8 = Words(self._map, 1)
+        self.u16 = Words(self._map, 2)
+        self.u32 = Words(self._map, 4)
+        self.u64 = Words(self._map, 8)
+        if size is not None:
+            self.add(0, size)
+
+    # ---- the map
+
+    def add(
+        self,
+        gpa: int,
+        size: int | str,
+        *,
+        readonly: bool = False,
+        huge: str | None = None,
+        log_dirty: bool = False,
+        slot: int | None = None,
+        name: str = "",
+    ) -> Region:
+        """Add anonymous memory of ``size`` bytes at ``gpa``, zeroed, and return its region.
+
+        Args:
+            gpa: first guest-physical address, a multiple of the page size (4 KiB).
+            size: bytes, or text such as ``"2M"``; a multiple of the page size.
+            readonly: a ROM (see ``Region.readonly``); fill it with ``load()``.
+            huge: ``"thp"`` advises the kernel to use transparent huge pages; ``"2M"`` or ``"1G"``
+                takes hugetlb pages, which must be free.
+            log_dirty: have KVM log the pages the guest writes.
+            slot: KVM's slot number; by default the lowest that is free.
+            name: a label for people.
+
+        Raises:
+            ValueError: misaligned, empty, beyond 2**52, overlapping another region, slot in use.
+            CapabilityError: no huge pages of that size.
+            OSError: the host has no room for it.
+        """
+        size = parse_size(size)
+        gpa, slot = self._check(gpa, size, slot)
+        return self._insert(
+            slot, gpa, _backing.anonymous(gpa, size, huge), readonly, log_dirty, name
+        )
+
+    def add_memfd(
+        self,
+        gpa: int,
+        size: int | str,
+        *,
+        readonly: bool = False,
+        huge: str | None = None,
+        log_dirty: bool = False,
+        slot: int | None = None,
+        name: str = "",
+    ) -> Region:
+        """Add a memfd, so that another process can share it by ``region.fd``; arguments as ``add``.
+
+        The memfd is sealed against shrinking. The region owns the descriptor: duplicate it to keep
+        it past ``close()``.
+        """
+        size = parse_size(size)
+        gpa, slot = self._check(gpa, size, slot)
+        return self._insert(
+            slot, gpa, _backing.memfd(gpa, size, huge, name), readonly, log_dirty, name
+        )
+
+    def add_file(
+        self,
+        gpa: int,
+        path: str | os.PathLike[str],
+        size: int | str | None = None,
+        *,
+        offset: int | str = 0,
+        shared: bool = False,
+        readonly: bool = False,
+        log_dirty: bool = False,
+        slot: int | None = None,
+        name: str = "",
+    ) -> Region:
+        """Add the contents of a file, from ``offset``, by default to its end.
+
+        Args:
+            gpa: as for ``add``.
+            path: a regular file (also on hugetlbfs) or a block device.
+            size: bytes to map, a multiple of the page size and not past the file's end.
+            offset: where in the file, a multiple of the page size.
+            shared: writes go to the file; else they stay private to this process.
+            readonly: a ROM. A private one can still be changed with ``load()``, a shared one not.
+            log_dirty: as for ``add``.
+            slot: as for ``add``.
+            name: as for ``add``.
+
+        Raises:
+            ValueError: as ``add``; the file is too short, or no file one can map.
+            OSError: the file cannot be opened or mapped.
+        """
+        import os
+
+        wanted = None if size is None else parse_size(size)
+        made = _backing.file(os.fsdecode(path), wanted, parse_size(offset), shared, readonly)
+        try:
+            gpa, slot = self._check(gpa, made.size, slot)
+        except BaseException:
+            made.close()
+            raise
+        return self._insert(slot, gpa, made, readonly, log_dirty, name)
+
+    def attach(self, register: Callable[[Region], object]) -> None:
+        """Call ``register(region)`` for every region there is, and for each one added later.
+
+        This is how a machine hears of slots to tell KVM about. If ``register`` raises for a new
+        region, that region is taken back and the error comes through ``add``.
+        """
+        self._check_open()
+        for region in self._map.regions:
+            register(region)
+        self._register.append(register)
+
+    def detach(self, register: Callable[[Region], object]) -> None:
+        """Call ``register`` no more: the machine closes, the memory stays."""
+        if register in self._register:
+            self._register.remove(register)
+
+    @property
+    def regions(self) -> tuple[Region, ...]:
+        """The regions, sorted by gpa."""
+        return tuple(self._map.regions)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all regions together."""
+        return sum(region.memory_size for region in self._map.regions)
+
+    def region_at(self, gpa: int) -> Region:
+        """Return the region that holds ``gpa``; GuestMemoryError outside RAM."""
+        return self._map.readable(gpa, 1)[0][0]
+
+    def covers(self, gpa: int, length: int = 1) -> bool:
+        """Tell whether ``length`` bytes from ``gpa`` are all RAM or ROM."""
+        try:
+            self._map.readable(gpa, length)
+        except GuestMemoryError:
+            return False
+        return True
+
+    def __contains__(self, gpa: int) -> bool:
+        return self.covers(gpa)
+
+    # ---- access
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, key: int) -> int: ...
+        @overload
+        def __getitem__(self, key: slice) -> bytes: ...
+
+    def __getitem__(self, key: int | slice) -> int | bytes:
+        """``mem[gpa]`` is a byte, ``mem[gpa:end]`` are bytes; both ends of a slice are needed."""
+        if type(key) is not slice:
+            return self.u8[key]
+        gpa, stop = key.start, key.stop
+        start, end, mapping, base = self._window
+        if (
+            type(gpa) is int
+            and type(stop) is int
+            and start <= gpa < stop <= end
+            and key.step is None
+        ):
+            return mapping[gpa - base : stop - base]
+        return self._read_any(*_span(key))
+
+    if TYPE_CHECKING:
+
+        @overload
+        def __setitem__(self, key: int, value: int) -> None: ...
+        @overload
+        def __setitem__(self, key: slice, value: Buffer) -> None: ...
+
+    def __setitem__(self, key: int | slice, value: Any) -> None:
+        """``mem[gpa] = byte``; ``mem[gpa:end] = bytes-like`` of exactly that length."""
+        if type(key) is not slice:
+            self.u8[key] = value
+            return
+        gpa, stop = key.start, key.stop
+        start, end, octets = self._octets
+        if (
+            type(gpa) is int
+            and type(stop) is int
+            and start <= gpa < stop <= end
+            and key.step is None
+        ):
+            try:
+                octets[gpa - start : stop - start] = value
+                return
+            except (TypeError, ValueError):
+                pass  # another length, or items that are no bytes: sorted out below
+        gpa, length = _span(key)
+        data = _plain(value)
+        if len(data) != length:
+            raise ValueError(
+                f"{len(data)} bytes do not fill {gpa:#x}..{gpa + length:#x}, which are {length}"
+            )
+        self._write(gpa, data)
+
+    def read(self, gpa: int, length: int) -> bytes:
+        """Return a copy of ``length`` bytes from ``gpa``."""
+        start, end, mapping, base = self._window
+        if type(gpa) is int and type(length) is int and start <= gpa < gpa + length <= end:
+            return mapping[gpa - base : gpa - base + length]
+        return self._read_any(gpa, length)
+
+    def write(self, gpa: int, data: Buffer) -> None:
+        """Write all of ``data`` (anything bytes-like) at ``gpa``."""
+        data = _plain(data)
+        start, end, octets = self._octets
+        if type(gpa) is int and start <= gpa <= end - len(data):
+            octets[gpa - start : gpa - start + len(data)] = data
+            return
+        self._write(gpa, data)
+
+    def load(self, gpa: int, data: Buffer) -> None:
+        """Write ``data`` as ``write`` does, and also into read-only regions: the host fills a ROM.
+
+        Only a file mapped shared and read-only stays closed to it.
+        """
+        data = _plain(data)
+        _store(self._map.writable(gpa, len(data), rom=True), data)
+
+    def view(self, gpa: int, length: int) -> memoryview:
+        """Return a memoryview of ``length`` bytes from ``gpa``, without a copy, for any length.
+
+        Writes through it are the guest's to see at once. It is read-only if the region is, and lies
+        in one region: GuestMemoryError if the range spans two. While it, or whatever was made of
+        it (``numpy.asarray(view)``), is alive, the mapping is, also past ``close()``.
+        """
+        start, end, octets = self._octets
+        if type(gpa) is int and type(length) is int and start <= gpa < gpa + length <= end:
+            return octets[gpa - start : gpa - start + length]
+        pieces = self._map.readable(gpa, length)
+        if len(pieces) != 1:
+            if not pieces:
+                return memoryview(b"")
+            raise GuestMemoryError(
+                f"{gpa:#x}..{gpa + length:#x} spans {len(pieces)} regions, and a view lies in one; "
+                f"{self._map.describe(gpa)}",
+                gpa,
+                length,
+            )
+        region, at, _ = pieces[0]
+        view = region.cells(1)[at : at + length]
+        return view.toreadonly() if region.readonly else view
+
+    def fill(self, gpa: int, length: int, value: int = 0) -> None:
+        """Set ``length`` bytes from ``gpa`` to the byte ``value``."""
+        if not 0 <= checked_int(value, "a value") <= 0xFF:
+            raise ValueError(f"{value:#x} does not fit a byte: 0..0xff")
+        pieces = self._map.writable(gpa, length)
+        chunk = bytes((value,)) * min(length, _FILL_CHUNK)
+        for region, at, size in pieces:
+            cells = region.cells(1)
+            for done in range(0, size, _FILL_CHUNK):
+                step = min(size - done, _FILL_CHUNK)
+                cells[at + done : at + done + step] = chunk[:step]
+
+    def find(self, pattern: Buffer, start: int = 0, stop: int | None = None) -> int | None:
+        """Return the gpa of the first ``pattern`` within ``start .. stop``, or None.
+
+        Holes are skipped; a match may span regions that adjoin.
+        """
+        self._check_open()
+        wanted = bytes(_plain(pattern))
+        start = checked_int(start, "a gpa")
+        stop = _GPA_LIMIT if stop is None else checked_int(stop, "a gpa")
+        if not wanted:
+            raise ValueError("an empty pattern is everywhere")
+        for region in self._map.regions:
+            first, last = max(start, region.guest_phys_addr), min(stop, region.end)
+            if first >= last:
+                continue
+            _, _, mapping, base = region.read_window()
+            if (at := mapping.find(wanted, first - base, last - base)) >= 0:
+                return base + at
+            # What begins in this region and ends beyond it.
+            seam = max(first, region.end - len(wanted) + 1)
+            ahead = region.end
+            while ahead < min(stop, region.end + len(wanted) - 1):
+                if (following := self._map.find(ahead)) is None:
+                    break
+                ahead = min(following.end, stop, region.end + len(wanted) - 1)
+            if ahead > region.end and (at := self.read(seam, ahead - seam).find(wanted)) >= 0:
+                return seam + at
+        return None
+
+    def cstring(self, gpa: int, max: int = 4096) -> bytes:
+        """Return the bytes from ``gpa`` up to a NUL, which is left off.
+
+        Raises:
+            GuestMemoryError: no NUL among the first ``max`` bytes, or RAM ends before one.
+        """
+        gpa = checked_int(gpa, "a gpa")
+        left = checked_int(max, "a length")
+        text = b""
+        while left > 0:
+            region, at, _ = self._map.readable(gpa + len(text), 1)[0]
+            size = min(left, region.memory_size - at)
+            head, nul, _ = self.read(gpa + len(text), size).partition(b"\0")
+            text += head
+            if nul:
+                return text
+            left -= size
+        raise GuestMemoryError(f"no NUL in the {max} bytes from {gpa:#x}", gpa, max)
+
+    # ---- the end
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called."""
+        return self._map.closed
+
+    def close(self) -> None:
+        """Give the host memory back. Close the VM first: its slots point here. Idempotent.
+
+        While a view is alive its mapping is; no access through this object is possible any more.
+        """
+        if self._map.closed:
+            return
+        self._map.closed = True
+        self._window, self._octets = _NO_WINDOW, _NO_OCTETS
+        for words in (self.u8, self.u16, self.u32, self.u64):
+            words.forget()
+        self._register.clear()
+        for region in self._map.regions:
+            region.close()
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        regions = self._map.regions
+        state = "closed, was " if self.closed else ""
+        head = f"<GuestMemory {state}{format_size(self.size)} in {len(regions)} regions"
+        return "\n  ".join([head, *(region.describe() for region in regions)]) + ">"
+
+    # ---- inside
+
+    def _read_any(self, gpa: int, length: int) -> bytes:
+        pieces = self._map.readable(gpa, length)
+        if len(pieces) == 1:
+            self._window = pieces[0][0].read_window()
+        return b"".join(region.cells(1)[at : at + size] for region, at, size in pieces)
+
+    def _write(self, gpa: int, data: Plain) -> None:
+        pieces = self._map.writable(gpa, len(data))
+        if len(pieces) == 1:
+            region = pieces[0][0]
+            self._octets = (region.guest_phys_addr, region.end, region.cells(1))
+        _store(pieces, data)
+
+    def _check(self, gpa: int, size: int, slot: int | None) -> tuple[int, int]:
+        """Check a new region's place and return its gpa and slot."""
+        self._check_open()
+        gpa = check_pages(checked_int(gpa, "a gpa"), "gpa")
+        check_pages(size, "size")
+        if size == 0:
+            raise ValueError("a region of no bytes")
+        if gpa < 0 or gpa + size > _GPA_LIMIT:
+            raise ValueError(
+                f"{gpa:#x}..{gpa + size:#x} is not within the 52 bits of a physical address"
+            )
+        if (other := self._map.overlap(gpa, size)) is not None:
+            raise ValueError(
+                f"{gpa:#x}-{gpa + size - 1:#x} ({format_size(size)}) overlaps the region "
+                f"{other.describe()}"
+            )
+        taken = {region.slot: region for region in self._map.regions}
+        if slot is None:
+            slot = next(n for n in range(_SLOT_LIMIT + 1) if n not in taken)
+        if not 0 <= checked_int(slot, "a slot") < _SLOT_LIMIT:
+            raise ValueError(f"slot {slot} is not within 0..{_SLOT_LIMIT - 1}")
+        if slot in taken:
+            raise ValueError(f"slot {slot} is in use by the region {taken[slot].describe()}")
+        return gpa, slot
+
+    def _insert(
+        self, slot: int, gpa: int, made: Backing, readonly: bool, log_dirty: bool, name: str
+    ) -> Region:
+        region = Region(slot, gpa, made, readonly=readonly, log_dirty=log_dirty, name=name)
+        self._map.insert(region)
+        try:
+            for register in self._register:
+                register(region)
+        except BaseException:
+            self._map.regions.remove(region)
+            region.close()
+            raise
+        return region
+
+    def _check_open(self) -> None:
+        if self._map.closed:
+            raise ClosedError("this guest memory was closed")
+
+
+def _span(key: slice) -> tuple[int, int]:
+    """Return (gpa, length) of a slice that gives both ends and no step."""
+    if key.step is not None:
+        raise ValueError("guest memory is sliced without a step")
+    if key.start is None or key.stop is None:
+        raise ValueError("give both ends of the slice: mem[gpa:end] (or read(), write(), view())")
+    gpa, stop = checked_int(key.start, "a gpa"), checked_int(key.stop, "a gpa")
+    if gpa < 0 or stop < 0:
+        raise GuestMemoryError(
+            f"a gpa cannot be negative, nothing counts from the end: [{gpa:#x}:{stop:#x}]", gpa
+        )
+    if stop < gpa:
+        raise ValueError(f"the slice ends before it begins: [{gpa:#x}:{stop:#x}]")
+    return gpa, stop - gpa
+
+
+def _plain(data: Any) -> Plain:
+    """Return any bytes-like object as plain bytes, without a copy where it can be done."""
+    if type(data) is bytes:
+        return data
+    view = memoryview(data)
+    return view.cast("B") if view.c_contiguous else view.tobytes()
+
+
+def _store(pieces: list[Piece], data: Plain) -> None:
+    """Write ``data`` over pieces of exactly its length."""
+    if len(pieces) > 1:
+        data = bytes(data)  # it may be a view of the very memory that is written piece by piece
+    for region, at, size in pieces:
+        region.cells(1)[at : at + size] = data[:size]
+        data = data[size:]
