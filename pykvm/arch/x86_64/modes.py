@@ -1,0 +1,222 @@
+"""Putting a processor into a mode: registers, descriptor tables and page tables, ready to run.
+
+>>> entry = enter("long64", sregs=sregs, regs=regs, memory=memory, entry=0x8000)
+>>> entry
+long64, ring 0, entry 0x8000, stack 0x8000
+GDT at 0x500, limit 0x4f
+  ...
+
+The registers are changed in place and the tables written to memory; telling KVM is the caller's
+part. What lies where is drawn in ``layout``.
+"""
+
+from __future__ import annotations
+
+from . import layout
+from .paging import PageTables
+from .segments import Segment, code32, code64, data, null, real_mode, tss
+from .tables import Gdt, Idt, Tss32, Tss64
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+MODES = ("real16", "prot32", "long64")
+
+# CR0 without paging: PE|MP|ET|NE. MP and NE are what x87 and SSE code of today expects.
+_CR0_PROTECTED = 0x33
+_CR0_PAGING = 0x80010000  # PG|WP: ring 0 respects read-only pages, so that mistakes show
+_CR0_REAL = 0x10  # ET, which is always 1
+_CR4_SSE = 0x600  # OSFXSR|OSXMMEXCPT: SSE instructions work, as compilers take for granted
+_CR4_PAE = 0x20
+_EFER_LONG = 0x500  # LME|LMA
+_EFER_NXE = 0x800
+
+
+class Entry:
+    """What ``enter()`` did.
+
+    Attributes:
+        mode, ring, entry, stack: as asked for, the stack with its default filled in.
+        gdt: the ``Gdt`` written to memory, or None in real mode.
+        tss: the ``Tss64`` or ``Tss32`` written, or None in real mode.
+        idt: the ``Idt`` written, or None: then the limit of IDTR is 0 and every exception and
+            interrupt ends in a triple fault (in real mode: the IVT at 0).
+        page_tables: the ``PageTables``, or None where paging is off.
+        star: the value for MSR_STAR under which SYSCALL and SYSRET use this GDT.
+    """
+
+    __slots__ = ("entry", "gdt", "idt", "mode", "page_tables", "ring", "stack", "tss")
+    star = layout.STAR
+
+    def __init__(self, mode: str, ring: int, entry: int, stack: int) -> None:
+        self.mode, self.ring, self.entry, self.stack = mode, ring, entry, stack
+        self.gdt: Gdt | None = None
+        self.tss: Tss64 | Tss32 | None = None
+        self.idt: Idt | None = None
+        self.page_tables: PageTables | None = None
+
+    def __repr__(self) -> str:
+        text = f"{self.mode}, ring {self.ring}, entry {self.entry:#x}, stack {self.stack:#x}"
+        parts = (self.gdt, self.tss, self.idt, self.page_tables)
+        return "\n".join([text, *(repr(part) for part in parts if part is not None)])
+
+
+def enter(
+    mode: str, *, sregs: Any, regs: Any, memory: Any, entry: int, stack: int | None = None,
+    ring: int = 0, iopl: int = 0, map_size: int = layout.MAP_SIZE, gigapages: bool = False,
+    tables: int = 0, perms: str | None = None, idt: Idt | None = None,
+) -> Entry:  # fmt: skip
+    """Set the registers and write the tables so that the next instruction is at ``entry``.
+
+    Args:
+        mode: ``real16``; ``prot32``, flat and without paging; ``long64``, flat and identity-mapped.
+        sregs, regs: changed in place. Of ``regs`` RIP, RSP and RFLAGS are set, all of the segments
+            and descriptor tables of ``sregs``, CR0, CR3, CR4 and EFER; the rest is left alone.
+        memory: guest-physical memory; real16 does not touch it.
+        entry: guest-physical address of the first instruction.
+        stack: first stack pointer; by default 0x8000 above ``tables``.
+        ring: 0, or 3 in prot32 and long64.
+        iopl: 0 to 3; with 3, ring 3 may use I/O ports, CLI and STI.
+        map_size: bytes mapped from address 0 in long64, a multiple of 2 MiB.
+        gigapages: use 1 GiB pages; only where CPUID offers ``pdpe1gb``.
+        tables: where the block with GDT, TSS, stacks and page tables starts, 4 KiB aligned.
+        perms: rights of the identity map; by default ``rwx``, and ``rwxu`` for ring 3.
+        idt: written to memory at ``idt.base`` and loaded.
+
+    Raises:
+        ValueError: an unknown mode or ring, or an address that does not fit the mode or lies
+            inside the tables. No register was changed then.
+        GuestMemoryError: the tables do not fit into RAM.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
+    if ring not in (0, 3) or (mode == "real16" and ring):
+        raise ValueError(f"ring {ring}: real16 has only ring 0, prot32 and long64 have 0 and 3")
+    if not 0 <= iopl <= 3:
+        raise ValueError(f"iopl {iopl} is none of 0 to 3")
+    if tables & 0xFFF or tables < 0:
+        raise ValueError(f"tables {tables:#x}: must be a multiple of 4 KiB")
+    if stack is None:
+        stack = layout.STACK_TOP + (tables if mode != "real16" else 0)
+    done = Entry(mode, ring, entry, stack)
+    if mode == "real16":
+        _real16(done, sregs, regs, idt)
+    else:
+        _check_addresses(done, tables)
+        if mode == "prot32":
+            _prot32(done, sregs, memory, tables)
+        else:
+            rights = perms or ("rwxu" if ring else "rwx")
+            _long64(done, sregs, memory, tables, map_size, gigapages, rights)
+        regs.rip = entry
+        _load_idt(done, sregs, memory, idt)
+    regs.rsp = stack
+    regs.rflags = 2 | iopl << 12
+    return done
+
+
+def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
+    if idt is not None:
+        raise ValueError("real16 has no IDT: its vectors are four bytes each at gpa 0 (the IVT)")
+    if not 0 <= done.entry < 0x110000 - 16:
+        raise ValueError(f"entry {done.entry:#x}: real mode reaches the first MiB only")
+    if not 0 <= done.stack <= 0xFFFF:
+        raise ValueError(f"stack {done.stack:#x}: SP has 16 bits in real mode, and SS is 0")
+    # Below 64 KiB CS is 0, so that the offsets in the code are the addresses it is loaded at.
+    selector = min(done.entry >> 4, 0xFFFF) if done.entry > 0xFFFF else 0
+    real_mode(selector, code=True).apply(sregs.cs)
+    for name in ("ss", "ds", "es", "fs", "gs"):
+        real_mode(0).apply(getattr(sregs, name))
+    Segment(limit=0xFFFF, type=11, present=1).apply(sregs.tr)
+    Segment(limit=0xFFFF, type=2, present=1).apply(sregs.ldt)
+    sregs.gdt.base, sregs.gdt.limit = 0, 0xFFFF
+    sregs.idt.base, sregs.idt.limit = 0, 0x3FF
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_REAL, 0, 0, 0
+    regs.rip = done.entry - (selector << 4)
+
+
+def _check_addresses(done: Entry, tables: int) -> None:
+    bits = 32 if done.mode == "prot32" else 52
+    for name, value in (("entry", done.entry), ("stack", done.stack)):
+        if not 0 <= value < 1 << bits:
+            raise ValueError(f"{name} {value:#x} does not fit into {bits} bits")
+    first = tables + layout.GDT
+    end = tables + (layout.PAGE_TABLES_END if done.mode == "long64" else layout.RSP0_TOP)
+    if first <= done.entry < end:
+        raise ValueError(
+            f"entry {done.entry:#x} lies in {first:#x}-{end - 1:#x}, where {done.mode} keeps its "
+            f"GDT, TSS and page tables: load the code elsewhere, or pass tables=gpa to move them"
+        )
+
+
+def _segments(done: Entry, sregs: Any, memory: Any, tables: int, long: bool) -> Gdt:
+    """Write GDT and TSS, and load every segment register for the ring."""
+    gdt = done.gdt = Gdt(tables + layout.GDT, long)
+    for selector, segment in (
+        (layout.KERNEL_CS32, code32()),
+        (layout.KERNEL_CS, code64()),
+        (layout.KERNEL_DS, data()),
+        (layout.USER_CS32, code32(dpl=3)),
+        (layout.USER_DS, data(dpl=3)),
+        (layout.USER_CS, code64(dpl=3)),
+        (layout.TSS_SELECTOR, tss(tables + layout.TSS)),
+    ):
+        gdt.place(selector, segment)
+    if long:
+        done.tss = Tss64(rsp0=tables + layout.RSP0_TOP, ist1=tables + layout.IST1_TOP)
+    else:
+        done.tss = Tss32(esp0=tables + layout.RSP0_TOP, ss0=layout.KERNEL_DS)
+    gdt.write(memory)
+    at = tables + layout.TSS
+    memory[at : at + done.tss.SIZE] = bytes(done.tss)
+
+    code, stack = (
+        (layout.USER_CS if long else layout.USER_CS32, layout.USER_DS)
+        if done.ring
+        else (layout.KERNEL_CS if long else layout.KERNEL_CS32, layout.KERNEL_DS)
+    )
+    gdt[code | done.ring].apply(sregs.cs)
+    for name in ("ss", "ds", "es", "fs", "gs"):
+        gdt[stack | done.ring].apply(getattr(sregs, name))
+    gdt[layout.TSS_SELECTOR].apply(sregs.tr)
+    null().apply(sregs.ldt)
+    gdt.load(sregs.gdt)
+    return gdt
+
+
+def _prot32(done: Entry, sregs: Any, memory: Any, tables: int) -> None:
+    if tables >= 1 << 32:
+        raise ValueError(f"tables {tables:#x} does not fit into 32 bits")
+    _segments(done, sregs, memory, tables, long=False)
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
+
+
+def _long64(
+    done: Entry, sregs: Any, memory: Any, tables: int, map_size: int, gigapages: bool, perms: str
+) -> None:
+    if map_size <= 0 or map_size % (1 << 21):
+        raise ValueError(f"map_size {map_size:#x} must be a multiple of 2 MiB")
+    if not gigapages and map_size > layout.MAP_SIZE:
+        raise ValueError(
+            f"map_size {map_size:#x}: without 1 GiB pages the tables have room for 4 GiB; build "
+            "your own with PageTables and set cr3"
+        )
+    pages = PageTables(memory, tables + layout.PAGE_TABLES, tables + layout.PAGE_TABLES_END)
+    if not gigapages:
+        pages.page_sizes = pages.page_sizes[:2]
+    pages.identity(map_size, perms=perms)
+    done.page_tables = pages
+    _segments(done, sregs, memory, tables, long=True)
+    sregs.cr0 = _CR0_PROTECTED | _CR0_PAGING
+    sregs.cr3, sregs.cr4 = pages.cr3, _CR4_PAE | _CR4_SSE
+    sregs.efer = _EFER_LONG | (_EFER_NXE if pages.needs_nx else 0)
+
+
+def _load_idt(done: Entry, sregs: Any, memory: Any, idt: Idt | None) -> None:
+    if idt is None:
+        sregs.idt.base, sregs.idt.limit = 0, 0
+        return
+    idt.write(memory)
+    idt.load(sregs.idt)
+    done.idt = idt
