@@ -1,49 +1,77 @@
-"""The compiled module, and the folder of guests inside the package. The rest: pyproject.toml."""
+"""What pyproject.toml cannot say: the compiled module, and guests/ as a folder of the package."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import sysconfig
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "csrc"))
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "csrc"))
 
-#: Free-threaded CPython has no stable ABI that cffi could use.
-ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED")
+#: Free-threaded CPython has no stable ABI before 3.15, and a debug build has none at all.
+ABI3 = not sysconfig.get_config_var("Py_GIL_DISABLED") and not hasattr(sys, "gettotalrefcount")
 
 
 class BuildNative(build_ext):
-    """Generates cffi's C file only when something is compiled: an sdist needs no compiler."""
+    """Generates cffi's C file when something is compiled, and only then: an sdist needs no gcc.
+
+    Environment: ``PYKVM_WERROR=1`` makes warnings in our C errors, ``PYKVM_SANITIZE=1`` builds
+    with ASan and UBSan.
+    """
+
+    def run(self) -> None:
+        """Always build afresh: setuptools knows neither our headers nor the environment."""
+        self.force = True
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Generate, compile our C with its own flags, then let setuptools do the rest."""
+        """Generate, compile our C with its own warnings, then let setuptools do the rest."""
         import build_ffi
+        from gen_kvm_cdef import BuildError
 
         folder = os.path.join(self.build_temp, "generated")
         try:
             build_ffi.write(folder)
-        except build_ffi.BuildError as error:
+        except BuildError as error:
             sys.exit(f"\n{error}\n")
-        # No -Wall for cffi's file, which is not ours to mend.
-        strict = ["-Werror"] if os.environ.get("PYKVM_WERROR") == "1" else []
-        sanitize = ["-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-        common = ["-std=gnu11", "-O2", "-fvisibility=hidden"]
+        flags = ["-std=gnu11", "-O2", "-fvisibility=hidden"]
         if os.environ.get("PYKVM_SANITIZE") == "1":
-            common += sanitize
-            ext.extra_link_args = sanitize
+            flags += ["-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+            ext.extra_link_args = flags
+        warnings = ["-Wall", "-Wextra"]
+        if os.environ.get("PYKVM_WERROR") == "1":
+            warnings.append("-Werror")
         ext.include_dirs = ["csrc", folder]
         ext.extra_objects = self.compiler.compile(
             build_ffi.sources(),
             output_dir=self.build_temp,
             include_dirs=ext.include_dirs,
-            extra_postargs=[*common, "-Wall", "-Wextra", *strict],
+            extra_postargs=flags + warnings,
         )
         ext.sources = [os.path.join(folder, "_native.c")]
-        ext.extra_compile_args = common
+        ext.extra_compile_args = flags
         super().build_extension(ext)
+
+
+class BuildPackage(build_py):
+    """Puts guests/ into the package. A checkout, also an editable one, uses it where it lies."""
+
+    def run(self) -> None:
+        """Build the packages, then copy the folder."""
+        super().run()
+        if not self.editable_mode:
+            shutil.copytree(
+                os.path.join(HERE, "guests"),
+                os.path.join(self.build_lib, "pykvm", "guests"),
+                ignore=shutil.ignore_patterns("__pycache__", "*.o", "*.elf"),
+                dirs_exist_ok=True,
+            )
 
 
 setup(
@@ -55,6 +83,6 @@ setup(
             py_limited_api=ABI3,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPackage},
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if ABI3 else {},
 )

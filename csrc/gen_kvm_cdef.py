@@ -119,9 +119,7 @@ def check_toolchain(compiler: Compiler) -> None:
         ("asm/kvm.h", (), "the kernel's headers", "linux-libc-dev", "kernel-headers"),
         (
             "Python.h",
-            tuple(
-                f"-I{sysconfig.get_path(which)}" for which in ("include", "platinclude")
-            ),
+            tuple(f"-I{sysconfig.get_path(which)}" for which in ("include", "platinclude")),
             "the headers of this Python",
             "python3-dev",
             "python3-devel",

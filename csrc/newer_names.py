@@ -4,9 +4,16 @@ A header that has a name wins; this table supplies what it lacks, so that the co
 offers the same names wherever it was built. What the running kernel can do is another question,
 and only KVM_CHECK_EXTENSION answers it.
 
-The numbers are ABI and never change; a test compares every one that the installed header knows.
-``since`` is the release whose headers have the name first. Left out: other architectures, and
-the *structures* (not the numbers) of interfaces that pykvm does not offer: TDX, SEV-SNP, Xen.
+The numbers are ABI and never change; a test compares every one that the installed header knows,
+and all of them were compared with the headers of Linux 5.14, 5.16, 6.1, 6.3, 6.13, 6.19 and 7.2.
+``since``, the release that brought a name, was checked to lie between these; which one in between
+is told by the kernel's history. It is for the reader, nothing is decided by it.
+
+A few names are older than 5.14 in name only: their macros used what only the kernel has
+(``GENMASK``), until Linux 6.9 or so mended them. They stand under the release of the name.
+
+Left out: other architectures, and the *structures* (not the numbers) of interfaces that pykvm does
+not offer: TDX, SEV-SNP, Xen.
 
 To take up a new kernel release: add what its ``include/uapi/linux/kvm.h`` and
 ``arch/x86/include/uapi/asm/kvm*.h`` have got since.
@@ -150,6 +157,9 @@ STRUCTS: tuple[Struct, ...] = (
 )
 
 CONSTANTS: tuple[Constant, ...] = _constants("""
+    Linux 5.8
+    KVM_ASYNC_PF_VEC_MASK                   0xff
+
     Linux 5.15
     KVM_GUESTDBG_BLOCKIRQ                   0x00100000
     KVM_STATS_TYPE_LINEAR_HIST              (3 << KVM_STATS_TYPE_SHIFT)
@@ -294,16 +304,15 @@ CONSTANTS: tuple[Constant, ...] = _constants("""
     KVM_X86_QUIRK_SLOT_ZAP_ALL              (1 << 7)
 
     Linux 6.13
-    KVM_ASYNC_PF_VEC_MASK                   0xff
     KVM_X86_QUIRK_STUFF_FEATURE_MSRS        (1 << 8)
 
-    Linux 6.14
-    KVM_SEV_PAGE_TYPE_INVALID               0
+    Linux 6.15
     KVM_XEN_MSR_MIN_INDEX                   0x40000000u
     KVM_XEN_MSR_MAX_INDEX                   0x4fffffffu
 
     Linux 6.16
     KVM_EXIT_TDX                            40
+    KVM_SEV_PAGE_TYPE_INVALID               0
     KVM_SYSTEM_EVENT_TDX_FATAL              7
     KVM_TDX_CAPABILITIES                    0
     KVM_TDX_INIT_VM                         1
@@ -337,6 +346,6 @@ CONSTANTS: tuple[Constant, ...] = _constants("""
     KVM_X86_QUIRK_VMCS12_ALLOW_FREEZE_IN_SMM  (1 << 10)
     KVM_X86_SEV_SNP_REQ_CERTS               2
 
-    Linux 7.1
+    Linux 7.2
     KVM_X86_QUIRK_NESTED_SVM_SHARED_PAT     (1 << 11)
 """)
