@@ -11,6 +11,7 @@ What a KVM does not have raises :class:`~pykvm.errors.CapabilityError`, what it 
 
 from __future__ import annotations
 
+from . import exits, ioctl
 from .device import Device
 from .flex import MsrError, new_cpuid2
 from .system import Kvm
@@ -23,7 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from .trace import trace
+    from .tracing import trace
 
 __all__ = [
     "Device",
@@ -32,6 +33,8 @@ __all__ = [
     "MsrRange",
     "Vcpu",
     "Vm",
+    "exits",
+    "ioctl",
     "irqchip_route",
     "msi_route",
     "new_cpuid2",
@@ -39,7 +42,7 @@ __all__ = [
 ]
 
 #: Loaded when first asked for.
-_SUBMODULES = ("caps", "exclusions", "exits", "hints", "rings", "stats")
+_SUBMODULES = ("caps", "decode", "exclusions", "hints", "rings", "stats", "tracing")
 
 
 def __getattr__(name: str) -> Any:
@@ -55,8 +58,7 @@ def __getattr__(name: str) -> Any:
 
         return import_module(f"{__name__}.{name}")
     if name == "trace":
-        # The function takes the place of its module of the same name.
-        from .trace import trace
+        from .tracing import trace
 
         globals()["trace"] = trace
         return trace

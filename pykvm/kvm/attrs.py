@@ -12,8 +12,9 @@ from .ioctl import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer
     from typing import Any
+
+    from .handle import BytesLike
 
 
 def _attr(group: int, attr: int, flags: int, buffer: Any = None) -> Any:
@@ -72,7 +73,9 @@ class AttrWriter(AttrReader):
 
     __slots__ = ()
 
-    def set_device_attr(self, group: int, attr: int, value: Buffer = b"", flags: int = 0) -> None:
+    def set_device_attr(
+        self, group: int, attr: int, value: BytesLike = b"", flags: int = 0
+    ) -> None:
         """KVM_SET_DEVICE_ATTR (api.rst 4.80): give the attribute a value.
 
         Args:

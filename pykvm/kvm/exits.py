@@ -17,10 +17,14 @@ if TYPE_CHECKING:
     from typing import Any, ClassVar
 
 
+_EHWPOISON = 133  # include/uapi/asm-generic/errno.h; Python's errno has no name for it
+
+
 class Exit:
-    """An exit. Compares by type and values."""
+    """An exit. Compares by type and values; ``match`` takes them in the order of its repr."""
 
     __slots__ = ()
+    __match_args__: ClassVar[tuple[str, ...]] = ()
 
     #: ``KVM_EXIT_*``, the number.
     reason: ClassVar[int] = -1
@@ -28,20 +32,20 @@ class Exit:
     name: ClassVar[str] = ""
 
     def _values(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, slot) for slot in self.__slots__)
+        return tuple(getattr(self, name) for name in self.__match_args__)
 
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        return self._values() == other._values()  # type: ignore[attr-defined]
+        return self._values() == other._values()
 
     def __hash__(self) -> int:
         return hash((type(self), self._values()))
 
     def __repr__(self) -> str:
         fields = ", ".join(
-            f"{slot}={_show(slot, value)}"
-            for slot, value in zip(self.__slots__, self._values(), strict=True)
+            f"{name}={_show(name, value)}"
+            for name, value in zip(self.__match_args__, self._values(), strict=True)
         )
         return f"{type(self).__name__}({fields})"
 
@@ -73,6 +77,13 @@ class IoExit(Exit):
     """
 
     __slots__ = ("count", "data", "is_write", "port", "size")
+    __match_args__ = (
+        "port",
+        "size",
+        "count",
+        "is_write",
+        "data",
+    )
     reason = lib.KVM_EXIT_IO
     name = "KVM_EXIT_IO"
 
@@ -111,6 +122,12 @@ class MmioExit(Exit):
     """
 
     __slots__ = ("data", "is_write", "phys_addr", "size")
+    __match_args__ = (
+        "phys_addr",
+        "size",
+        "is_write",
+        "data",
+    )
     reason = lib.KVM_EXIT_MMIO
     name = "KVM_EXIT_MMIO"
 
@@ -216,6 +233,10 @@ class ExceptionExit(Exit):
     """
 
     __slots__ = ("error_code", "exception")
+    __match_args__ = (
+        "exception",
+        "error_code",
+    )
     reason = lib.KVM_EXIT_EXCEPTION
     name = "KVM_EXIT_EXCEPTION"
 
@@ -234,6 +255,10 @@ class FailEntryExit(Exit):
     """
 
     __slots__ = ("cpu", "hardware_entry_failure_reason")
+    __match_args__ = (
+        "hardware_entry_failure_reason",
+        "cpu",
+    )
     reason = lib.KVM_EXIT_FAIL_ENTRY
     name = "KVM_EXIT_FAIL_ENTRY"
 
@@ -254,6 +279,12 @@ class InternalErrorExit(Exit):
     """
 
     __slots__ = ("data", "flags", "insn_bytes", "suberror")
+    __match_args__ = (
+        "suberror",
+        "data",
+        "flags",
+        "insn_bytes",
+    )
     reason = lib.KVM_EXIT_INTERNAL_ERROR
     name = "KVM_EXIT_INTERNAL_ERROR"
 
@@ -276,6 +307,11 @@ class _MsrExit(Exit):
     """
 
     __slots__ = ("data", "index", "msr_reason")
+    __match_args__ = (
+        "index",
+        "data",
+        "msr_reason",
+    )
     is_write: ClassVar[bool]
 
     def __init__(self, index: int, data: int, msr_reason: int) -> None:
@@ -313,6 +349,11 @@ class HypercallExit(Exit):
     """
 
     __slots__ = ("args", "flags", "longmode", "nr")
+    __match_args__ = (
+        "nr",
+        "args",
+        "flags",
+    )
     reason = lib.KVM_EXIT_HYPERCALL
     name = "KVM_EXIT_HYPERCALL"
 
@@ -334,6 +375,12 @@ class DebugExit(Exit):
     """
 
     __slots__ = ("dr6", "dr7", "exception", "pc")
+    __match_args__ = (
+        "exception",
+        "pc",
+        "dr6",
+        "dr7",
+    )
     reason = lib.KVM_EXIT_DEBUG
     name = "KVM_EXIT_DEBUG"
 
@@ -353,6 +400,10 @@ class SystemEventExit(Exit):
     """
 
     __slots__ = ("data", "type")
+    __match_args__ = (
+        "type",
+        "data",
+    )
     reason = lib.KVM_EXIT_SYSTEM_EVENT
     name = "KVM_EXIT_SYSTEM_EVENT"
 
@@ -369,6 +420,7 @@ class IoapicEoiExit(Exit):
     """
 
     __slots__ = ("vector",)
+    __match_args__ = ("vector",)
     reason = lib.KVM_EXIT_IOAPIC_EOI
     name = "KVM_EXIT_IOAPIC_EOI"
 
@@ -385,6 +437,10 @@ class HypervExit(Exit):
     """
 
     __slots__ = ("fields", "type")
+    __match_args__ = (
+        "type",
+        "fields",
+    )
     reason = lib.KVM_EXIT_HYPERV
     name = "KVM_EXIT_HYPERV"
 
@@ -405,6 +461,10 @@ class TprAccessExit(Exit):
     """
 
     __slots__ = ("is_write", "rip")
+    __match_args__ = (
+        "rip",
+        "is_write",
+    )
     reason = lib.KVM_EXIT_TPR_ACCESS
     name = "KVM_EXIT_TPR_ACCESS"
 
@@ -421,6 +481,7 @@ class NotifyExit(Exit):
     """
 
     __slots__ = ("flags",)
+    __match_args__ = ("flags",)
     reason = lib.KVM_EXIT_NOTIFY
     name = "KVM_EXIT_NOTIFY"
 
@@ -441,6 +502,12 @@ class MemoryFaultExit(Exit):
     """
 
     __slots__ = ("errno", "flags", "gpa", "size")
+    __match_args__ = (
+        "flags",
+        "gpa",
+        "size",
+        "errno",
+    )
     reason = lib.KVM_EXIT_MEMORY_FAULT
     name = "KVM_EXIT_MEMORY_FAULT"
 
@@ -461,6 +528,10 @@ class UnknownExit(Exit):
     """
 
     __slots__ = ("data", "name", "reason")
+    __match_args__ = (
+        "reason",
+        "data",
+    )
 
     def __init__(self, reason: int, data: bytes) -> None:
         self.reason = reason  # type: ignore[misc]
@@ -473,7 +544,8 @@ class UnknownExit(Exit):
         return int.from_bytes(self.data[:8], "little")
 
     def __repr__(self) -> str:
-        return f"UnknownExit(reason={self.reason}, name={self.name!r}, data={self.data[:32].hex(' ')} …)"
+        data = self.data[:32].hex(" ")
+        return f"UnknownExit(reason={self.reason}, name={self.name!r}, data={data} …)"
 
 
 def _names() -> dict[int, str]:
@@ -517,7 +589,8 @@ def _internal(run: Any) -> Exit:
 
 
 def _hypercall(run: Any) -> Exit:
-    call = run.hypercall
+    call = _overlay(run, "hypercall")
+    # Older kernels write 32 bits of flags ("longmode") and leave the other 32 as they were.
     return HypercallExit(call.nr, tuple(call.args), call.longmode)
 
 
@@ -527,7 +600,7 @@ def _debug(run: Any) -> Exit:
 
 
 def _system_event(run: Any) -> Exit:
-    event = run.system_event
+    event = _overlay(run, "system_event")
     return SystemEventExit(event.type, tuple(event.data[0 : min(event.ndata, 16)]))
 
 
@@ -550,9 +623,13 @@ def _hyperv(run: Any) -> Exit:
 
 
 def _memory_fault(run: Any, errno: int = 0) -> MemoryFaultExit:
-    # Newer than some headers, so read by its layout: flags, gpa, size, each 64 bits.
-    words = ffi.cast("uint64_t *", run.padding)
-    return MemoryFaultExit(words[0], words[1], words[2], errno)
+    fault = _overlay(run, "memory_fault")
+    return MemoryFaultExit(fault.flags, fault.gpa, fault.size, errno)
+
+
+def _overlay(run: Any, member: str) -> Any:
+    """A member of the run page's union that the header it was built against may be too old for."""
+    return ffi.cast(f"struct pykvm_run_{member} *", ffi.addressof(run, "hw"))
 
 
 def _union(run: Any) -> bytes:
@@ -581,7 +658,7 @@ _DECODERS: dict[int, Callable[[Any], Exit]] = {
     TprAccessExit.reason: lambda run: TprAccessExit(
         run.tpr_access.rip, bool(run.tpr_access.is_write)
     ),
-    NotifyExit.reason: lambda run: NotifyExit(run.notify.flags),
+    NotifyExit.reason: lambda run: NotifyExit(_overlay(run, "notify").flags),
     MemoryFaultExit.reason: _memory_fault,
     **{
         kind.reason: _plain(kind)
@@ -613,6 +690,6 @@ def decode_failed(run: Any, error: int) -> Exit | None:
     """
     if error == errno.EINTR:
         return IntrExit()
-    if error in (errno.EFAULT, errno.EHWPOISON) and run.exit_reason == MemoryFaultExit.reason:
+    if error in (errno.EFAULT, _EHWPOISON) and run.exit_reason == MemoryFaultExit.reason:
         return _memory_fault(run, error)
     return None

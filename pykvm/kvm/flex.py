@@ -50,7 +50,8 @@ def read_cpuid(handle: Handle, name: str) -> list[Any]:
             # KVM_GET_CPUID2 says how many it wants; the others leave nent alone.
             count = min(max(cpuid.nent, count * 2), MAX_LIST)
             continue
-        return [ffi.new("struct kvm_cpuid_entry2 *", cpuid.entries[i])[0] for i in range(cpuid.nent)]
+        entries = cpuid.entries
+        return [ffi.new("struct kvm_cpuid_entry2 *", entries[i])[0] for i in range(cpuid.nent)]
 
 
 def read_indices(handle: Handle, name: str) -> list[int]:

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
+    #: What methods that read bytes take.
+    BytesLike = bytes | bytearray | memoryview
+
 
 class Handle:
     """An owned file descriptor: a context manager with an idempotent ``close``.
@@ -67,8 +70,9 @@ class Handle:
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
-            warn(f"unclosed {self!r}", ResourceWarning, stacklevel=2, source=self)
-            self.close()
+            message = f"unclosed {self!r}"
+            self.close()  # first: a warning may be made an error
+            warn(message, ResourceWarning, stacklevel=2, source=self)
 
     def __repr__(self) -> str:
         state = "closed" if self._fd < 0 else f"fd {self._fd}"

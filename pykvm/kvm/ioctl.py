@@ -9,8 +9,8 @@ and the table of hints is looked up by it. Two module globals can be replaced:
 
 * ``raw(fd, request, arg)``: issues the system call and returns its value or -errno. Tests put a
   fake here.
-* ``tracer``: None, or a callable ``(handle, name, arg, issue)`` which must call ``issue()`` and
-  return its value (:mod:`pykvm.kvm.trace`). Tracing that is off costs one comparison.
+* ``tracer``: None, or what stands in for :func:`issue` while tracing is on
+  (:mod:`pykvm.kvm.tracing`). Tracing that is off costs one comparison.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 NULL = ffi.NULL
 
 raw: Callable[[int, int, Any], int] = lib.pykvm_ioctl
-tracer: Callable[[Handle, str, Any, Callable[[], int]], int] | None = None
+tracer: Callable[[Handle, str, Any], int] | None = None
 
 
 class _Requests(dict[str, int]):
@@ -57,15 +57,18 @@ def call(handle: Handle, name: str, arg: Any = NULL) -> int:
     kernel refuses. EINTR is retried after Python's signal handlers had their turn, except for
     KVM_RUN, where it is an answer.
     """
-    if tracer is not None:
-        result = tracer(handle, name, arg, lambda: raw(handle._fd, requests[name], arg))
-    else:
-        result = raw(handle._fd, requests[name], arg)
+    trace = tracer  # another thread may end the trace at any moment
+    result = raw(handle._fd, requests[name], arg) if trace is None else trace(handle, name, arg)
     if result < 0:
         if result == -_errno.EINTR and name != "KVM_RUN":
             return call(handle, name, arg)
         fail(handle, name, -result)
     return result
+
+
+def issue(handle: Handle, name: str, arg: Any) -> int:
+    """Issue one ioctl and return the kernel's value or -errno, untraced and unjudged."""
+    return raw(handle._fd, requests[name], arg)
 
 
 def call_int(handle: Handle, name: str, value: int) -> int:
@@ -85,7 +88,7 @@ def fail(handle: Handle, name: str, errno: int) -> NoReturn:
         raise ClosedError(f"{name}: this {handle.kind} is closed")
     from .hints import hint
 
-    raise KvmError(name, errno, hint(name, errno, handle.kind))
+    raise KvmError(name, errno, hint(name, errno))
 
 
 def tracing() -> bool:

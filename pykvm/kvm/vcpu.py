@@ -10,6 +10,7 @@ import mmap
 from pykvm._abi import ffi
 from pykvm.errors import ClosedError, KvmError
 
+from .exits import Exit, decode, decode_failed
 from .flex import new_enable_cap
 from .ioctl import call
 from .vcpu_model import ModelMixin
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
-    from .exits import Exit
     from .rings import Coalesced, DirtyRing
     from .stats import Stats
     from .vm import Vm
@@ -87,14 +87,10 @@ class Vcpu(ModelMixin):
         try:
             call(self, "KVM_RUN")
         except KvmError as error:
-            from .exits import decode_failed
-
             exit = decode_failed(self._run, error.errno or 0)
             if exit is None:
                 raise
             return exit
-        from .exits import decode
-
         return decode(self._run)
 
     @property
@@ -117,7 +113,9 @@ class Vcpu(ModelMixin):
         if isinstance(data, int):
             data = data.to_bytes(size, "little")
         if len(data) != size:
-            raise ValueError(f"KVM_EXIT_IO wants {size} bytes ({io.count} × {io.size}), not {len(data)}")
+            raise ValueError(
+                f"KVM_EXIT_IO wants {size} bytes ({io.count} × {io.size}), not {len(data)}"
+            )
         ffi.memmove(ffi.cast("char *", self._run) + io.data_offset, data, size)
 
     def complete_mmio(self, data: bytes | int) -> None:
@@ -152,7 +150,7 @@ class Vcpu(ModelMixin):
         return drain_coalesced(self.kvm_run)
 
     def dirty_ring(self, size: int) -> DirtyRing:
-        """Map this vCPU's dirty ring (api.rst 8.29).
+        """Map this vCPU's dirty ring (api.rst, KVM_CAP_DIRTY_LOG_RING).
 
         Args:
             size: in bytes, what the VM enabled KVM_CAP_DIRTY_LOG_RING (or _ACQ_REL) with.
@@ -280,7 +278,11 @@ class Vcpu(ModelMixin):
         Needs KVM_CAP_VAPIC. Errors: EINVAL without an in-kernel irqchip, or outside memory.
         """
         self.need("KVM_CAP_VAPIC")
-        call(self, "KVM_SET_VAPIC_ADDR", ffi.new("struct kvm_vapic_addr *", {"vapic_addr": vapic_addr}))
+        call(
+            self,
+            "KVM_SET_VAPIC_ADDR",
+            ffi.new("struct kvm_vapic_addr *", {"vapic_addr": vapic_addr}),
+        )
 
     def pre_fault_memory(self, gpa: int, size: int, flags: int = 0) -> int:
         """KVM_PRE_FAULT_MEMORY (api.rst 4.143): map guest memory before the guest touches it.
@@ -315,5 +317,3 @@ class Vcpu(ModelMixin):
 
     def _need_attrs(self) -> None:
         self.need("KVM_CAP_VCPU_ATTRIBUTES")
-
-

@@ -166,6 +166,4 @@ class ModelMixin(StateMixin):
 
 
 def _one_reg(id: int, buffer: Any) -> Any:
-    return ffi.new(
-        "struct kvm_one_reg *", {"id": id, "addr": int(ffi.cast("uintptr_t", buffer))}
-    )
+    return ffi.new("struct kvm_one_reg *", {"id": id, "addr": int(ffi.cast("uintptr_t", buffer))})

@@ -13,9 +13,9 @@ from .ioctl import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer
     from typing import Any
 
+    from .handle import BytesLike
     from .vm import Vm
 
 NESTED_STATE_HEADER = 128  # sizeof(struct kvm_nested_state): the header without its data
@@ -260,10 +260,12 @@ class StateMixin(AttrWriter):
         call(self, "KVM_SET_NESTED_STATE", pointer(state, "struct kvm_nested_state *"))
 
 
-def _nested_state(data: Buffer) -> Any:
+def _nested_state(data: BytesLike) -> Any:
     copy = bytearray(data)
     if len(copy) < NESTED_STATE_HEADER:
-        raise ValueError(f"a nested state has at least {NESTED_STATE_HEADER} bytes, not {len(copy)}")
+        raise ValueError(
+            f"a nested state has at least {NESTED_STATE_HEADER} bytes, not {len(copy)}"
+        )
     state = ffi.from_buffer("struct kvm_nested_state *", copy)
     if state.size > len(copy):
         raise ValueError(f"this nested state has {len(copy)} of its {state.size} bytes")

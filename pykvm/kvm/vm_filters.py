@@ -9,7 +9,9 @@ from .ioctl import call
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer, Iterable
+    from collections.abc import Iterable
+
+    from .handle import BytesLike
 
 
 class MsrRange:
@@ -25,7 +27,7 @@ class MsrRange:
 
     __slots__ = ("base", "bitmap", "flags", "nmsrs")
 
-    def __init__(self, flags: int, base: int, nmsrs: int, bitmap: Buffer = b"") -> None:
+    def __init__(self, flags: int, base: int, nmsrs: int, bitmap: BytesLike = b"") -> None:
         """Args: see the attributes; a bitmap shorter than the range is zeros (denied) beyond."""
         self.flags = flags
         self.base = base

@@ -9,7 +9,7 @@ from .ioctl import call, call_int
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Buffer
+    from .handle import BytesLike
 
 PAGE_SIZE = 4096
 
@@ -164,7 +164,7 @@ class MemoryMixin(CapHandle):
         return bitmap
 
     def clear_dirty_log(
-        self, slot: int, dirty_bitmap: Buffer, first_page: int = 0, num_pages: int | None = None
+        self, slot: int, dirty_bitmap: BytesLike, first_page: int = 0, num_pages: int | None = None
     ) -> None:
         """KVM_CLEAR_DIRTY_LOG (api.rst 4.117): mark pages clean and log them anew.
 
@@ -187,7 +187,9 @@ class MemoryMixin(CapHandle):
             pages = self._slot_pages.get(slot, first_page + covered)
             num_pages = max(0, min(covered, pages - first_page))
         elif num_pages > covered:
-            raise ValueError(f"KVM_CLEAR_DIRTY_LOG: {num_pages} pages need more than {covered} bits")
+            raise ValueError(
+                f"KVM_CLEAR_DIRTY_LOG: {num_pages} pages need more than {covered} bits"
+            )
         # KVM reads whole 64-bit words.
         bitmap = ffi.new("char[]", bytes(dirty_bitmap) + bytes(8))
         log = ffi.new(
@@ -198,7 +200,7 @@ class MemoryMixin(CapHandle):
         call(self, "KVM_CLEAR_DIRTY_LOG", log)
 
     def reset_dirty_rings(self) -> int:
-        """KVM_RESET_DIRTY_RINGS (api.rst 8.29): log anew the pages harvested from dirty rings.
+        """KVM_RESET_DIRTY_RINGS (api.rst, KVM_CAP_DIRTY_LOG_RING): log harvested pages anew.
 
         Returns: how many pages. Needs KVM_CAP_DIRTY_LOG_RING, enabled before the first vCPU.
         """
@@ -218,8 +220,7 @@ class MemoryMixin(CapHandle):
     def get_nr_mmu_pages(self) -> int:
         """KVM_GET_NR_MMU_PAGES: the limit of :meth:`set_nr_mmu_pages`, by default by RAM size.
 
-        Needs KVM_CAP_MMU_SHADOW_CACHE_CONTROL. Kernels from 6.3 on no longer have it (EINVAL or
-        ENOTTY).
+        Needs KVM_CAP_MMU_SHADOW_CACHE_CONTROL. Errors: ENOTTY on kernels that dropped it (6.4).
         """
         self.need("KVM_CAP_MMU_SHADOW_CACHE_CONTROL")
         return call(self, "KVM_GET_NR_MMU_PAGES")
