@@ -155,13 +155,13 @@ int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu)
     return PYKVM_SERVED;
 }
 
-int pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
+int pykvm_bus_answer(struct pykvm_vcpu *vcpu, int64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
     if (!access->is_write) {
-        if (answer != PYKVM_ALL_ONES && answer & ~mask(access->size))
+        if (answer != -1 && (uint64_t)answer & ~mask(access->size))
             return -EINVAL;
-        put(access, answer);
+        put(access, (uint64_t)answer);
     }
     access->pending = PYKVM_IDLE;
     access->index++;

@@ -180,9 +180,9 @@ void pykvm_vcpu_end(struct pykvm_vcpu *vcpu);
 
 /*
  * Run until Python is needed.  `answer` goes to the access that the last call returned, if it was
- * a read; UINT64_MAX answers all ones at any size.
+ * a read; -1 answers all ones at any size (signed, as a small number costs Python least).
  */
-int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, uint64_t answer);
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer);
 
 /* Ask a run, or if there is none the next one, to end: from any thread, also a handler's own. */
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu);
@@ -227,7 +227,7 @@ int pykvm_fake_enter(struct pykvm_vcpu *vcpu);
 /* Serve the access from vcpu->access.index on: PYKVM_SERVED or what to return. */
 int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu);
 /* Python's answer to the pending item: 0, or -EINVAL when it does not fit. */
-int pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
+int pykvm_bus_answer(struct pykvm_vcpu *vcpu, int64_t answer);
 /* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
 int64_t pykvm_now(void);

@@ -113,7 +113,7 @@ static int64_t failed(struct pykvm_vcpu *vcpu, int error)
     }
 }
 
-int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, uint64_t answer)
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
     int64_t result = PYKVM_SERVED;

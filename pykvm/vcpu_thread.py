@@ -156,8 +156,11 @@ class Runner:
                     raise self._bad_answer(answer)
                 answer = ALL_ONES
                 if word == lib.PYKVM_WIDE:
-                    given = self._call(lock, slots[c.access.slot][0], self.access())
-                    answer = ALL_ONES if given is None else given
+                    answer = self._call(lock, slots[c.access.slot][0], self.access())
+                    if answer is None:
+                        answer = ALL_ONES
+                    elif isinstance(answer, int) and answer >> 63 == 1:
+                        answer -= 1 << 64  # the seam is signed
                 else:
                     end = self._other(word, lock)
                     if end is not None:

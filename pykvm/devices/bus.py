@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Slot = tuple[Handler, type[Access], int]
     DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
 
-ALL_ONES = (1 << 64) - 1
+ALL_ONES = -1
 """The answer of an empty bus, whatever the width."""
 
 
@@ -152,13 +152,14 @@ class Bus:
         *,
         value: int = 0,
         capacity: int = 4096,
-        sink: Callable[[list[Any]], object] | None = None,
+        sink: Callable[[Any], object] | None = None,
         keep: int = KEEP_BYTES,
     ) -> Log:
         """Write every access down as a record; reads answer ``value``.
 
         Returns:
-            The :class:`~pykvm.devices.ring.Log`; ``read()`` it, or give a ``sink``.
+            The :class:`~pykvm.devices.ring.Log`; ``read()`` it, or give a ``sink``, which is called
+            with batches of records.
         """
         log = Log(capacity=capacity, sink=sink, keep=keep)
         self._claim(first, length, lib.PYKVM_LOG, lib.PYKVM_LOG, value, device=log)
@@ -217,7 +218,7 @@ class Bus:
             raise ValueError(
                 f"{self.name} range {first:#x}, {length} long, is outside 0..{self._limit - 1:#x}"
             )
-        if not 0 <= value <= ALL_ONES:
+        if not 0 <= value < 1 << 64:
             raise ValueError(f"value {value:#x} does not fit 64 bits")
         claim = Claim(self, first, first + length - 1, on_read, on_write, value, **rest)
         at = self._position(first)

@@ -13,11 +13,19 @@ from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
+    from collections.abc import Callable, Iterator
+    from typing import Any, overload
+else:
+
+    def overload(function: object) -> None:
+        """Stand in for typing.overload, which costs an import."""
+
 
 KEEP_BYTES = 16 << 20
 """Default of how much a FIFO or a log keeps until it is read, in bytes."""
+
+
+RECORD_BYTES: int = ffi.sizeof("struct pykvm_record")
 
 
 class RingFullError(PykvmError):
@@ -170,6 +178,38 @@ class Fifo:
         self.input.close()
 
 
+class Records:
+    """A batch of records, decoded one by one as they are looked at; a sequence."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data) // RECORD_BYTES
+
+    @overload
+    def __getitem__(self, at: int) -> Record: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Record]: ...
+    def __getitem__(self, at: int | slice) -> Record | list[Record]:
+        numbers = range(len(self))[at]
+        if isinstance(numbers, range):
+            return [self._decode(number) for number in numbers]
+        return self._decode(numbers)
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(self._decode, range(len(self)))
+
+    def _decode(self, number: int) -> Record:
+        r = ffi.from_buffer("struct pykvm_record *", self._data)[number]
+        return Record(r.address, r.value, r.size, bool(r.is_write), r.vcpu, r.exit)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} records>"
+
+
 class Log:
     """The Python end of a LOG range: every access as a :class:`Record`."""
 
@@ -177,20 +217,13 @@ class Log:
         self,
         *,
         capacity: int = 4096,
-        sink: Callable[[list[Record]], object] | None = None,
+        sink: Callable[[Records], object] | None = None,
         keep: int = KEEP_BYTES,
     ) -> None:
         self.output = Ring("struct pykvm_record", capacity)
         self.sink = sink
-        self._keep = keep // ffi.sizeof("struct pykvm_record")
-        self._kept: list[Record] = []
-
-    def _pop(self) -> list[Record]:
-        items, count = self.output.pop()
-        return [
-            Record(r.address, r.value, r.size, bool(r.is_write), r.vcpu, r.exit)
-            for r in items[0:count]
-        ]
+        self._keep = keep
+        self._kept = bytearray()
 
     def drain(self) -> None:
         """Take what is in the ring; the run loop calls this when it is full and at a run's end.
@@ -200,20 +233,24 @@ class Log:
         """
         if self.sink is None and len(self._kept) >= self._keep:
             raise RingFullError(
-                f"{len(self._kept)} records wait that nobody read: read() them, or give the log"
-                " a sink"
+                f"{len(self._kept) // RECORD_BYTES} records wait that nobody read: read() them,"
+                " or give the log a sink"
             )
-        records = self._pop()
+        data = self._pop()
         if self.sink is None:
-            self._kept += records
-        elif records:
-            self.sink(records)
+            self._kept += data
+        elif data:
+            self.sink(Records(data))
 
-    def read(self) -> list[Record]:
+    def _pop(self) -> bytes:
+        items, count = self.output.pop()
+        return bytes(ffi.buffer(items, count * RECORD_BYTES))
+
+    def read(self) -> Records:
         """Every record that was not read yet, oldest first."""
-        records = self._kept + self._pop()
-        self._kept = []
-        return records
+        data = bytes(self._kept) + self._pop()
+        self._kept.clear()
+        return Records(data)
 
     def fileno(self) -> int:
         """An eventfd for select(): readable when the log turns from empty to non-empty."""

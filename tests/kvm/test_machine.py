@@ -1,0 +1,353 @@
+"""The machine on a real KVM: what a run does, and every way in which it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+import pykvm
+from pykvm import result as reasons
+from pykvm.devices.access import MmioAccess, PioAccess
+
+GENEROUS = 60.0
+"""Seconds; a run that needs them hangs."""
+
+
+@pytest.fixture
+def m() -> Iterator[pykvm.Machine]:
+    with pykvm.Machine(memory="2M") as machine:
+        yield machine
+
+
+def start(m: pykvm.Machine, text: str, mode: str = "long64", **options: int) -> None:
+    """Assemble at 0x8000 and make the first vCPU ready to run it."""
+    m.load(pykvm.asm(text, mode=mode, at=0x8000))
+    m.cpu.enter(mode, entry=0x8000, **options)
+
+
+def run(m: pykvm.Machine) -> pykvm.RunResult:
+    return m.run(timeout=GENEROUS)
+
+
+# ---- handlers ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["real16", "prot32", "long64"])
+def test_a_guest_of_every_mode_says_hello(m: pykvm.Machine, mode: str) -> None:
+    start(m, "mov al,'H'; out 0xe9,al; mov al,'i'; out 0xe9,al; hlt", mode)
+    out: list[str] = []
+
+    @m.on_pio(0xE9)
+    def _(exit: PioAccess) -> None:
+        out.append(chr(exit.value))
+
+    result = run(m)
+    assert "".join(out) == "Hi"
+    assert (result.reason, result.exits) == (reasons.HALTED, 3)
+    assert result.ok and result.check() is result
+
+
+def test_ring_3_with_iopl_3_runs_and_uses_ports(m: pykvm.Machine) -> None:
+    start(m, "mov eax,cs; and eax,3; out 0xe9,al; l: jmp l", ring=3, iopl=3)
+
+    @m.on_pio(0xE9)
+    def _(exit: PioAccess) -> None:
+        ring.append(exit.value)
+        m.stop()
+
+    ring: list[int] = []
+    assert run(m).reason == reasons.STOPPED
+    assert ring == [3]
+
+
+def test_a_handler_answers_in_and_mmio_loads(m: pykvm.Machine) -> None:
+    start(m, "in al,0x60; mov rbx,[0x300000]; mov [0x300008],ebx; hlt")
+    stores: list[MmioAccess] = []
+
+    @m.on_mmio(0x300000, 0x100)
+    def _(exit: MmioAccess) -> int | None:
+        if exit.is_write:
+            stores.append(exit)
+            return None
+        return 0x1122334455667788 if exit.size == 8 else 0
+
+    m.on_pio(0x60, lambda exit: 0x5A)
+    assert run(m).reason == reasons.HALTED
+    assert m.cpu.al == 0x5A
+    assert m.cpu.rbx == 0x1122334455667788
+    assert [(s.gpa, s.value, s.size) for s in stores] == [(0x300008, 0x55667788, 4)]
+
+
+def test_rep_outs_and_rep_ins_move_every_item(m: pykvm.Machine) -> None:
+    start(
+        m,
+        """
+        mov dx,0x10; mov esi,0x9000; mov ecx,5; rep outsb
+        mov dx,0x11; mov edi,0x9100; mov ecx,6; rep insw
+        hlt
+        """,
+    )
+    m.mem[0x9000:0x9005] = b"items"
+    out: list[int] = []
+    words = iter(range(0x100, 0x106))
+    m.on_pio(0x10, lambda exit: out.append(exit.value))
+    m.on_pio(0x11, lambda exit: next(words))
+    assert run(m).reason == reasons.HALTED
+    assert bytes(out) == b"items"
+    assert [m.mem.u16[0x9100 + 2 * n] for n in range(6)] == list(range(0x100, 0x106))
+    assert (m.cpu.ecx, m.cpu.edi) == (0, 0x910C)
+
+
+def test_a_write_to_a_rom_comes_as_mmio_and_changes_nothing() -> None:
+    memory = pykvm.GuestMemory("2M")
+    memory.add(0x400000, "4K", readonly=True)
+    memory.load(0x400000, b"rom!")
+    with pykvm.Machine(memory) as m:
+        start(m, "mov eax,[0x400000]; mov [0x400000],ebx; mov ecx,[0x400000]; hlt")
+        stores: list[int] = []
+        m.on_mmio(0x400000, 0x1000, lambda exit: stores.append(exit.gpa))
+        assert run(m).reason == reasons.HALTED
+        assert m.cpu.eax == m.cpu.ecx == int.from_bytes(b"rom!", "little")
+        assert stores == [0x400000]
+
+
+def test_a_handlers_exception_is_the_callers(m: pykvm.Machine) -> None:
+    start(m, "out 0x10,al; hlt")
+
+    def handler(exit: PioAccess) -> None:
+        raise LookupError("mine")
+
+    m.on_pio(0x10, handler)
+    with pytest.raises(LookupError, match="mine"):
+        run(m)
+    assert run(m).reason == reasons.HALTED
+
+
+def test_handlers_read_and_write_registers(m: pykvm.Machine) -> None:
+    start(m, "mov ebx,5; l: out 0x10,al; test ebx,ebx; jnz l; hlt")
+
+    @m.on_pio(0x10)
+    def _(exit: PioAccess) -> None:
+        m.cpu.rbx -= 1
+
+    result = run(m)
+    assert (result.reason, result.exits, m.cpu.rbx) == (reasons.HALTED, 6, 0)
+
+
+def test_msr_accesses_are_served_and_refused(m: pykvm.Machine) -> None:
+    start(m, "mov ecx,0xc0000103; rdmsr; mov ebx,eax; mov eax,77; xor edx,edx; wrmsr; hlt")
+    seen: list[tuple[bool, int]] = []
+
+    @m.on_msr(0xC0000103)
+    def _(exit: object) -> int | None:
+        seen.append((exit.is_write, exit.data))  # type: ignore[attr-defined]
+        return None if exit.is_write else 0x1234  # type: ignore[attr-defined]
+
+    assert run(m).reason == reasons.HALTED
+    assert m.cpu.ebx == 0x1234
+    assert seen == [(False, 0), (True, 77)]
+
+
+def test_a_refused_msr_is_a_general_protection_fault(m: pykvm.Machine) -> None:
+    start(m, "mov ecx,0xc0000103; rdmsr; hlt")
+    m.on_msr(0xC0000103, lambda exit: False)
+    assert run(m).reason == reasons.SHUTDOWN  # no IDT to take the #GP
+
+
+def test_a_hlt_hook_lets_the_guest_go_on(m: pykvm.Machine) -> None:
+    start(m, "hlt; inc ebx; hlt; inc ebx; hlt")
+    count: list[object] = []
+
+    @m.on_hlt
+    def _(exit: object) -> bool:
+        count.append(exit)
+        return len(count) < 3
+
+    assert run(m).reason == reasons.HALTED
+    assert m.cpu.ebx == 2
+
+
+# ---- C actions and doorbells -----------------------------------------------------------------------
+
+
+def test_a_console_fifo_takes_the_output_without_python(m: pykvm.Machine) -> None:
+    start(m, "mov ecx,300; l: mov al,cl; out 0xe9,al; loop l; in al,0xe9; hlt")
+    console = m.pio.fifo(0xE9, capacity=64, empty=0x21)
+    result = run(m)
+    assert (result.reason, result.exits) == (reasons.HALTED, 302)
+    assert console.read() == bytes(n & 0xFF for n in range(300, 0, -1))
+    assert m.cpu.al == 0x21
+
+
+def test_a_doorbell_rings_in_the_kernel_and_makes_no_exit(m: pykvm.Machine) -> None:
+    start(m, "out 0x50,al; mov [0x500000],eax; mov [0x500000],eax; hlt")
+    port, address = os.eventfd(0), os.eventfd(0)
+    try:
+        m.pio.eventfd(0x50, port, size=1)
+        claim = m.mmio.eventfd(0x500000, address, size=4)
+        result = run(m)
+        assert (os.eventfd_read(port), os.eventfd_read(address)) == (1, 2)
+        assert (result.reason, result.exits) == (reasons.HALTED, 1)
+        claim.release()
+        m.cpu.rip = 0x8002
+        assert run(m).reason == reasons.UNCLAIMED
+    finally:
+        os.close(port)
+        os.close(address)
+
+
+# ---- how runs end ----------------------------------------------------------------------------------
+
+
+def test_an_unclaimed_port_says_which_and_can_be_claimed_afterwards(m: pykvm.Machine) -> None:
+    start(m, "mov eax,7; out 0x42,al; hlt")
+    result = run(m)
+    assert result.reason == reasons.UNCLAIMED
+    assert (result.exit.port, result.exit.value) == (0x42, 7)
+    with pytest.raises(pykvm.RunError, match="0x42"):
+        result.check()
+    assert run(m).reason == reasons.HALTED
+
+
+def test_debug_exit_carries_its_code(m: pykvm.Machine) -> None:
+    start(m, "mov al,42; out 0xf4,al; hlt")
+    m.debug_exit(0xF4)
+    result = run(m)
+    assert (result.reason, result.code, result.ok) == (reasons.DEBUG_EXIT, 42, False)
+    with pytest.raises(pykvm.RunError, match="42"):
+        result.check()
+
+
+@pytest.mark.parametrize("ring", [0, 3])
+def test_a_timeout_says_where_the_guest_is(m: pykvm.Machine, ring: int) -> None:
+    start(m, "nop; l: jmp l", ring=ring)
+    result = m.run(timeout=0.1)
+    assert result.reason == reasons.TIMEOUT
+    (state,) = result.cpus
+    assert (state.rip, state.code[:2], state.halted) == (0x8001, b"\xeb\xfe", False)
+    assert 0.1 <= result.seconds < GENEROUS
+    with pytest.raises(pykvm.RunError, match="0x8001"):
+        result.check()
+
+
+def test_a_timeout_of_nothing_ends_before_much_happens(m: pykvm.Machine) -> None:
+    start(m, "l: jmp l")
+    assert m.run(timeout=0).reason == reasons.TIMEOUT
+
+
+def test_hlt_with_interrupts_off_under_an_irqchip_ends_by_its_timeout_and_says_so() -> None:
+    with pykvm.Machine(memory="2M", irqchip=True) as m:
+        start(m, "cli; hlt; nop")
+        result = m.run(timeout=0.2)
+        assert result.reason == reasons.TIMEOUT
+        (state,) = result.cpus
+        assert (state.halted, state.interrupts) == (True, False)
+        assert "never wakes" in str(result.error)
+
+
+def test_a_limit_on_exits(m: pykvm.Machine) -> None:
+    start(m, "l: out 0x10,al; jmp l")
+    m.pio.ignore(0x10)
+    result = m.run(timeout=GENEROUS, max_exits=25)
+    assert (result.reason, result.exits) == (reasons.LIMIT, 25)
+
+
+@pytest.mark.parametrize("text", ["l: jmp l", "l: out 0x10,al; jmp l"])
+def test_stop_from_another_thread(m: pykvm.Machine, text: str) -> None:
+    start(m, text)
+    m.pio.ignore(0x10)
+    timer = threading.Timer(0.05, m.stop)
+    timer.start()
+    assert run(m).reason == reasons.STOPPED
+    timer.join()
+
+
+@pytest.mark.parametrize("text", ["l: jmp l", "l: out 0x10,al; jmp l", "l: out 0x11,al; jmp l"])
+def test_ctrl_c_ends_the_run(m: pykvm.Machine, text: str) -> None:
+    start(m, text)
+    m.pio.ignore(0x10)
+    m.on_pio(0x11, lambda exit: None)
+    main = threading.get_ident()
+    timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
+    timer.start()
+    result = run(m)
+    timer.join()
+    assert result.reason == reasons.INTERRUPTED
+    assert len(result.cpus) == 1
+    with pytest.raises(KeyboardInterrupt):
+        result.check()
+
+
+def test_a_python_signal_handler_runs_and_the_guest_goes_on(m: pykvm.Machine) -> None:
+    start(m, "l: jmp l")
+    calls: list[int] = []
+
+    def handler(number: int, frame: object) -> None:
+        calls.append(number)
+        if len(calls) == 3:
+            m.stop()
+
+    old = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02, 0.02)
+        assert run(m).reason == reasons.STOPPED
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+    assert len(calls) >= 3
+
+
+def test_a_triple_fault_explains_itself_and_stays_ended_until_entered_again(
+    m: pykvm.Machine,
+) -> None:
+    start(m, "ud2")
+    result = run(m)
+    assert result.reason == reasons.SHUTDOWN
+    with pytest.raises(pykvm.VcpuExitError, match=r"(?i)triple fault"):
+        result.check()
+    again = run(m)
+    assert (again.reason, again.exits) == (reasons.SHUTDOWN, 0)
+    assert m.cpu.ended == reasons.SHUTDOWN
+    start(m, "mov ebx,9; hlt")
+    assert run(m).reason == reasons.HALTED
+    assert m.cpu.ebx == 9
+
+
+def test_a_state_that_kvm_refuses_is_a_failed_entry_with_its_finding(m: pykvm.Machine) -> None:
+    start(m, "hlt")
+    m.cpu.cr0 = 0x80000000  # paging without protection
+    assert any("pg" in finding.rule.lower() for finding in m.cpu.check())
+    result = run(m)
+    assert result.reason == reasons.FAILED_ENTRY
+    with pytest.raises(pykvm.VcpuExitError, match=r"CR0"):
+        result.check()
+
+
+def test_a_refused_flush_raises_with_the_explanation(m: pykvm.Machine) -> None:
+    start(m, "hlt")
+    m.cpu.cr0 = 0x80000000
+    with pytest.raises(pykvm.VcpuExitError, match="KVM_SET_SREGS"):
+        m.cpu.flush()
+
+
+def test_code_that_is_not_there_is_explained(m: pykvm.Machine) -> None:
+    m.cpu.enter("long64", entry=0x8000)
+    m.cpu.rip = 0xDEAD_0000_0000
+    result = run(m)
+    assert result.reason in (reasons.SHUTDOWN, reasons.INTERNAL_ERROR)
+    assert result.error is not None
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan")])
+def test_a_nonsense_timeout_is_refused(m: pykvm.Machine, timeout: float) -> None:
+    with pytest.raises(ValueError, match="timeout"):
+        m.run(timeout=timeout)
+
+
+def test_an_infinite_timeout_is_no_timeout(m: pykvm.Machine) -> None:
+    start(m, "hlt")
+    assert m.run(timeout=float("inf")).reason == reasons.HALTED

@@ -1,0 +1,141 @@
+"""Claims on the bus, against a plain model: a dict from address to claim."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from pykvm._abi import lib
+from pykvm.devices.bus import Bus, Claim
+from pykvm.errors import BusOverlapError
+from tests.support.fake_vcpu import HLT, FakeRun, mmio, pio
+
+
+class BusAgainstModel(RuleBasedStateMachine):
+    """Claims come and go; who serves an address is always what a dict says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bus = Bus("pio", [])
+        self.model: dict[int, Claim] = {}
+
+    @rule(first=st.integers(-2, 70), length=st.integers(0, 9))
+    def claim(self, first: int, length: int) -> None:
+        wanted = range(first, first + length)
+        if first < 0 or length < 1:
+            with pytest.raises(ValueError):
+                self.bus.ignore(first, length)
+        elif any(port in self.model for port in wanted):
+            with pytest.raises(BusOverlapError):
+                self.bus.ignore(first, length)
+        else:
+            claim = self.bus.ignore(first, length)
+            self.model |= dict.fromkeys(wanted, claim)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        claim = self.model[data.draw(st.sampled_from(sorted(self.model)))]
+        claim.release()
+        claim.release()
+        self.model = {port: c for port, c in self.model.items() if c is not claim}
+
+    @rule(port=st.integers(0, 90))
+    def look_up(self, port: int) -> None:
+        assert self.bus.find(port) is self.model.get(port)
+
+    @invariant()
+    def counts(self) -> None:
+        assert len(self.bus) == len(set(self.model.values()))
+
+
+TestBusAgainstModel = BusAgainstModel.TestCase
+
+
+@pytest.mark.sanitize
+@given(
+    claims=st.lists(st.tuples(st.integers(0, 200), st.integers(1, 20)), max_size=30),
+    ports=st.lists(st.integers(0, 230), min_size=1, max_size=40),
+)
+def test_c_finds_what_python_finds(claims: list[tuple[int, int]], ports: list[int]) -> None:
+    fake = FakeRun(*[pio(port, b"x") for port in ports], HLT)
+    model: dict[int, Claim] = {}
+    for first, length in claims:
+        if not any(port in model for port in range(first, first + length)):
+            model |= dict.fromkeys(range(first, first + length), fake.pio.ignore(first, length))
+    unclaimed = []
+    while (end := fake.runner.run((1 << 63) - 1, None)).exit is not None and end.reason != "halted":
+        unclaimed.append(end.exit.port)
+    assert unclaimed == [port for port in ports if port not in model]
+    for claim in set(model.values()):
+        assert claim.hits == sum(model.get(port) is claim for port in ports)
+
+
+def test_the_last_address_of_each_space_can_be_claimed() -> None:
+    top = (1 << 64) - 8
+    fake = FakeRun(mmio(top, size=8), pio(0xFFFF), HLT)
+    fake.mmio.constant(top, 0x0102030405060708, 8)
+    fake.pio.constant(0xFFFF, 0x42)
+    fake.runner.run((1 << 63) - 1, None)
+    assert fake.answered(0, 8) == bytes([8, 7, 6, 5, 4, 3, 2, 1])
+    assert fake.answered(1, 1) == b"\x42"
+    with pytest.raises(ValueError, match="outside"):
+        fake.mmio.ignore(top, 9)
+    with pytest.raises(ValueError, match="outside"):
+        fake.pio.ignore(0xFFFF, 2)
+
+
+def test_an_access_belongs_to_the_range_in_which_it_begins() -> None:
+    fake = FakeRun(pio(0x10, b"\1\2\3\4", size=4), HLT)
+    first, second = fake.pio.ignore(0x10), fake.pio.ignore(0x11, 3)
+    fake.runner.run((1 << 63) - 1, None)
+    assert (first.hits, second.hits) == (1, 0)
+
+
+def test_an_overlap_names_both_claims() -> None:
+    bus = Bus("mmio", [])
+    bus.constant(0x1000, 1, 0x100)
+    with pytest.raises(BusOverlapError, match=r"0x10ff.*0x1000") as caught:
+        bus.ignore(0x10FF)
+    assert "release" in str(caught.value)
+
+
+def test_a_handler_must_be_callable() -> None:
+    with pytest.raises(TypeError, match="callable"):
+        Bus("pio", []).handle(1, 7)  # type: ignore[arg-type]
+
+
+def test_slots_are_used_again_and_their_number_is_bounded() -> None:
+    slots: list[object] = []
+    bus = Bus("mmio", slots)  # type: ignore[arg-type]
+    for _ in range(3):
+        bus.ignore(0).release()
+    assert len(slots) == 1
+    claims = [bus.ignore(n) for n in range(lib.PYKVM_SLOTS)]
+    with pytest.raises(BusOverlapError, match=str(lib.PYKVM_SLOTS)):
+        bus.ignore(1 << 20)
+    claims[7].release()
+    bus.ignore(1 << 20)
+
+
+def test_an_eventfd_claim_wants_an_open_fd_and_rings_it() -> None:
+    fake = FakeRun(pio(0x10, b"x"), pio(0x10, b"y"), HLT)
+    fd = os.eventfd(0)
+    try:
+        fake.pio.eventfd(0x10, fd)
+        fake.runner.run((1 << 63) - 1, None)
+        assert os.eventfd_read(fd) == 2
+    finally:
+        os.close(fd)
+    with pytest.raises(OSError):
+        fake.pio.eventfd(0x20, fd)
+
+
+def test_claims_and_buses_print_what_they_are() -> None:
+    bus = Bus("pio", [])
+    bus.constant(0x71, 1)
+    assert "0x71..0x71 constant/ignore, 0 hits" in repr(bus)
