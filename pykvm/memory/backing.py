@@ -42,6 +42,8 @@ _READ_WRITE = mmap.PROT_READ | mmap.PROT_WRITE
 class Backing:
     """One host mapping: ``size`` bytes at ``hva``, which is ``window`` bytes into ``mapping``.
 
+    A mapping that is longer than ``size`` leaves room for a window that agrees with ``gpa``.
+
     Attributes:
         kind: ``"anonymous"``, ``"memfd"`` or ``"file"``.
         fd: descriptor of a memfd or a shared file, owned by the backing, or -1.
@@ -57,7 +59,7 @@ class Backing:
         mapping: mmap.mmap,
         size: int,
         *,
-        window: int = 0,
+        gpa: int = 0,
         fd: int = -1,
         path: str = "",
         huge: str | None = None,
@@ -66,12 +68,13 @@ class Backing:
         self.kind = kind
         self.mapping: mmap.mmap | None = mapping
         self.size = size
-        self.window = window
         self.fd = fd
         self.path = path
         self.huge = huge
         self.writable = writable
-        self.hva = _address(mapping) + window
+        start = _address(mapping)
+        self.window = (gpa - start) % _THP_SIZE if len(mapping) > size else 0
+        self.hva = start + self.window
 
     def close(self) -> None:
         """Close the descriptor, and unmap unless somebody still holds a view. Idempotent."""
@@ -118,9 +121,9 @@ def anonymous(gpa: int, size: int, huge: str | None = None) -> Backing:
         return Backing("anonymous", _map(-1, size, flags, huge=huge), size, huge=huge)
     slack = _THP_SIZE if size >= _THP_SIZE else 0
     mapping = _map(-1, size, flags | _MAP_NORESERVE, slack=slack)
-    window = (gpa - _address(mapping)) % _THP_SIZE if slack else 0
-    _advise(mapping, window, size, huge)
-    return Backing("anonymous", mapping, size, window=window, huge=huge)
+    made = Backing("anonymous", mapping, size, gpa=gpa, huge=huge)
+    _advise(mapping, made.window, size, huge)
+    return made
 
 
 def memfd(gpa: int, size: int, huge: str | None = None, name: str = "") -> Backing:

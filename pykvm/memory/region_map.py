@@ -1,8 +1,9 @@
 """The sorted map of regions, and the one way from a guest-physical address to host memory.
 
 Every access is turned into pieces here, each within one region: ``readable()`` for reads,
-``writable()`` for writes. What writes guest memory through Python passes ``writable()``, so that is
-where a read-only region is refused, and where dirty tracking can listen.
+``writable()`` for writes, where a read-only region is refused. Every write of the API goes through
+``writable()``, or to a region that it let a write into before and that its caller remembers for
+speed; who must see each single write has those callers forget and not remember.
 """
 
 from __future__ import annotations

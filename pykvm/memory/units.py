@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -64,8 +62,8 @@ def checked_int(value: Any, what: str) -> int:
     if isinstance(value, bool):
         raise TypeError(f"{what} must be an int, not bool")
     try:
-        return operator.index(value)
-    except TypeError:
+        return int(value.__index__())  # what operator.index does, without the import
+    except (AttributeError, TypeError):
         raise TypeError(f"{what} must be an int, not {type(value).__name__}") from None
 
 

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from .region import Region
     from .region_map import RegionMap
 
-    # first gpa, end gpa, the region as words, the region as bytes
+    # first gpa of a region, last gpa where a word fits in it, its words, its bytes
     Hit = tuple[int, int, memoryview, memoryview]
 
 _NOTHING = memoryview(b"")
@@ -40,18 +40,18 @@ class Words:
         self._read = self._write = _MISS
 
     def __getitem__(self, gpa: int) -> int:
-        start, end, words, octets = self._read
-        if type(gpa) is int and start <= gpa <= end - self._width:
-            at = gpa - start
+        first, last, words, octets = self._read
+        if type(gpa) is int and first <= gpa <= last:
+            at = gpa - first
             if not at & self._low:
                 return words[at >> self._shift]
             return int.from_bytes(octets[at : at + self._width], "little")
         return self._read_any(gpa)
 
     def __setitem__(self, gpa: int, value: int) -> None:
-        start, end, words, octets = self._write
-        if type(gpa) is int and start <= gpa <= end - self._width and type(value) is int:
-            at = gpa - start
+        first, last, words, octets = self._write
+        if type(gpa) is int and first <= gpa <= last and type(value) is int:
+            at = gpa - first
             try:
                 if not at & self._low:
                     words[at >> self._shift] = value
@@ -90,7 +90,8 @@ class Words:
             data = data[n:]
 
     def _hit(self, region: Region) -> Hit:
-        return region.guest_phys_addr, region.end, region.cells(self._width), region.cells(1)
+        width = self._width
+        return region.guest_phys_addr, region.end - width, region.cells(width), region.cells(1)
 
     def __repr__(self) -> str:
         return f"<u{8 * self._width} words of {self._map.describe()}>"
