@@ -69,7 +69,7 @@ class BuildPackage(build_py):
             shutil.copytree(
                 os.path.join(HERE, "guests"),
                 os.path.join(self.build_lib, "pykvm", "guests"),
-                ignore=shutil.ignore_patterns("__pycache__", "*.o", "*.elf"),
+                ignore=shutil.ignore_patterns("__pycache__", "*.o"),
                 dirs_exist_ok=True,
             )
 

@@ -189,9 +189,12 @@ def constants(compiler: Compiler, source: str, header: Header) -> list[str]:
         refused = compiler.refused_lines(source + tries)
         return [name for line, name in enumerate(some, first) if line not in refused]
 
-    # A refused line may drag its neighbour with it, so those are asked again, one by one.
-    good = set(probe(names))
-    good.update(name for name in names if name not in good and probe([name]))
+    # A refused line may swallow the ones behind it, or drag one down with it: so those that pass
+    # are asked again until all do, and those that fail are asked again one by one.
+    good = names
+    while (passed := probe(good)) != good:
+        good = passed
+    good += [name for name in names if name not in good and probe([name])]
     return sorted(good)
 
 
