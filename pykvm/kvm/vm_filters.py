@@ -73,7 +73,7 @@ class FilterMixin(CapHandle):
         for target, item in zip(args.ranges, items, strict=False):
             # KVM reads whole longs.
             size = (item.nmsrs + 63) // 64 * 8
-            bitmap = ffi.new("uint8_t[]", item.bitmap[:size].ljust(size, b"\0"))
+            bitmap = ffi.new("unsigned char[]", item.bitmap[:size].ljust(size, b"\0"))
             bitmaps.append(bitmap)
             target.flags = item.flags
             target.base = item.base
