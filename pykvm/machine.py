@@ -10,7 +10,7 @@ from pykvm._abi import lib
 from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
 from pykvm.errors import ClosedError
-from pykvm.kvm import Kvm
+from pykvm.kvm import Kvm, new_cpuid2
 from pykvm.memory import GuestMemory
 from pykvm.result import RunResult
 from pykvm.vcpu_thread import NEVER, End, Runner
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 MAX_CPUS = 288
 
-_supported_cpuid: dict[str, list[Any]] = {}  # by device path: a constant of the host
+_supported_cpuid: dict[str, tuple[list[Any], Any]] = {}
+"""What KVM_GET_SUPPORTED_CPUID answers, a constant of the host, by device path: the entries, and as
+KVM_SET_CPUID2 takes them."""
 
 
 class Machine:
@@ -110,7 +112,7 @@ class Machine:
             self.vm.create_irqchip()
         if pit:
             self.vm.create_pit2()
-        entries = self._cpuid(cpuid)
+        entries, for_first = self._cpuid(cpuid)
         sync_regs = bool(self.kvm.check_extension("KVM_CAP_SYNC_REGS"))
         made = []
         for index in range(cpus):
@@ -126,21 +128,20 @@ class Machine:
             )
             self._runners.append(runner)
             if entries:
-                vcpu.set_cpuid2(_for_cpu(entries, index))
+                vcpu.set_cpuid2(_for_cpu(entries, index) if index else for_first)
             made.append(Cpu(index, vcpu, runner, self.memory, entries))
         self.cpus = tuple(made)
 
-    def _cpuid(self, cpuid: str | list[Any] | None) -> list[Any]:
-        if cpuid is None:
-            return []
-        if isinstance(cpuid, str):
-            if cpuid != "host":
-                raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
-            cached = _supported_cpuid.get(self.kvm.path)
-            if cached is None:
-                cached = _supported_cpuid[self.kvm.path] = self.kvm.get_supported_cpuid()
-            return cached
-        return cpuid
+    def _cpuid(self, cpuid: str | list[Any] | None) -> tuple[list[Any], Any]:
+        if not isinstance(cpuid, str):
+            return cpuid or [], _for_cpu(cpuid or [], 0)
+        if cpuid != "host":
+            raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
+        cached = _supported_cpuid.get(self.kvm.path)
+        if cached is None:
+            entries = self.kvm.get_supported_cpuid()
+            cached = _supported_cpuid[self.kvm.path] = entries, _for_cpu(entries, 0)
+        return cached
 
     def _register(self, region: Any) -> None:
         self.vm.set_user_memory_region(
@@ -450,12 +451,14 @@ class Machine:
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
 
 
-def _for_cpu(entries: list[Any], index: int) -> list[Any]:
-    """CPUID as vCPU ``index`` sees it: its own APIC ID (SDM Vol. 2A, CPUID leaves 1, 0BH, 1FH)."""
-    if index == 0:
-        return entries
-    from pykvm.arch.x86_64.cpuid import with_apic_id
-
-    return with_apic_id(entries, index)
-
-
+def _for_cpu(entries: list[Any], index: int) -> Any:
+    """CPUID as vCPU ``index`` sees it: with its own APIC ID (SDM Vol. 2A, CPUID)."""
+    cpuid = new_cpuid2(entries)
+    for entry in cpuid.entries[0 : cpuid.nent]:
+        if entry.function == 1:
+            entry.ebx = entry.ebx & 0x00FFFFFF | (index & 0xFF) << 24
+        elif entry.function in (0xB, 0x1F):
+            entry.edx = index
+        elif entry.function == 0x8000001E:
+            entry.eax = index
+    return cpuid
