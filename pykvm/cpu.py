@@ -253,6 +253,10 @@ class Cpu:
 
         if self._runner.c.entries:
             self._forget_history()
+        if mode == "long64" and "gigapages" not in options:
+            options["gigapages"] = any(
+                e.function == 0x80000001 and e.edx >> 26 & 1 for e in self._supported
+            )
         set_up = modes.enter(
             mode, sregs=self.load_sregs(), regs=self.load_regs(), memory=self.memory,
             entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,

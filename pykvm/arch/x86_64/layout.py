@@ -5,8 +5,8 @@ room for it. All addresses are guest-physical and count from the ``tables`` argu
 
     0x0000  real-mode interrupt vectors and BIOS data: left alone
     0x0500  GDT, 80 bytes
-    0x0600  TSS, 104 bytes
-    0x0800  stack of IST 1, down from 0x0c00
+    0x0600  TSS, 104 bytes; for ring 3 with I/O privilege its port permissions, 513 bytes more
+    0x0870  stack of IST 1, down from 0x0c00
     0x0c00  stack of ring 0 when ring 3 is interrupted (RSP0), down from 0x1000
     0x1000  page tables: PML4, PDPT, and four page directories if 1 GiB pages are not to be had
     0x7000  first stack of the guest, down from 0x8000
@@ -18,6 +18,8 @@ from __future__ import annotations
 GDT = 0x500
 """The first byte that real mode's IVT (0-0x3ff) and BIOS data area (0x400-0x4ff) leave free."""
 TSS = 0x600
+IO_PORTS = 0x1000
+"""Ports 0-0xfff are those that ring 3 with iopl=3 may use on every back end (see ``modes``)."""
 IST1_TOP = 0xC00
 RSP0_TOP = 0x1000
 PAGE_TABLES = 0x1000

@@ -77,7 +77,9 @@ def enter(
         entry: guest-physical address of the first instruction.
         stack: first stack pointer; by default 0x8000 above ``tables``.
         ring: 0, or 3 in prot32 and long64.
-        iopl: 0 to 3; with 3, ring 3 may use I/O ports, CLI and STI.
+        iopl: 0 to 3; with 3, ring 3 may use I/O ports, CLI and STI. A KVM that runs ring 3 without
+            hardware support loses RFLAGS.IOPL, so in long64 the TSS also permits the ports below
+            ``layout.IO_PORTS``.
         map_size: bytes mapped from address 0 in long64, a multiple of 2 MiB.
         gigapages: use 1 GiB pages; only where CPUID offers ``pdpe1gb``.
         tables: where the block with GDT, TSS, stacks and page tables starts, 4 KiB aligned.
@@ -108,7 +110,7 @@ def enter(
             _prot32(done, sregs, memory, tables)
         else:
             rights = perms or ("rwxu" if ring else "rwx")
-            _long64(done, sregs, memory, tables, map_size, gigapages, rights)
+            _long64(done, sregs, memory, tables, iopl, map_size, gigapages, rights)
         regs.rip = entry
         _load_idt(done, sregs, memory, idt)
     regs.rsp = stack
@@ -150,7 +152,9 @@ def _check_addresses(done: Entry, tables: int) -> None:
         )
 
 
-def _segments(done: Entry, sregs: Any, memory: Any, tables: int, long: bool) -> Gdt:
+def _segments(
+    done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool
+) -> Gdt:
     """Write GDT and TSS, and load every segment register for the ring."""
     gdt = done.gdt = Gdt(tables + layout.GDT, long)
     for selector, segment in (
@@ -160,16 +164,20 @@ def _segments(done: Entry, sregs: Any, memory: Any, tables: int, long: bool) -> 
         (layout.USER_CS32, code32(dpl=3)),
         (layout.USER_DS, data(dpl=3)),
         (layout.USER_CS, code64(dpl=3)),
-        (layout.TSS_SELECTOR, tss(tables + layout.TSS)),
     ):
         gdt.place(selector, segment)
     if long:
         done.tss = Tss64(rsp0=tables + layout.RSP0_TOP, ist1=tables + layout.IST1_TOP)
     else:
         done.tss = Tss32(esp0=tables + layout.RSP0_TOP, ss0=layout.KERNEL_DS)
+    in_memory = bytes(done.tss)
+    if long and done.ring and iopl == 3:
+        # Bit n forbids port n; a byte of ones ends the map (SDM Vol. 1 §19.5.2).
+        in_memory += bytes(layout.IO_PORTS // 8) + b"\xff"
+    gdt.place(layout.TSS_SELECTOR, tss(tables + layout.TSS, limit=len(in_memory) - 1))
     gdt.write(memory)
     at = tables + layout.TSS
-    memory[at : at + done.tss.SIZE] = bytes(done.tss)
+    memory[at : at + len(in_memory)] = in_memory
 
     code, stack = (
         (layout.USER_CS if long else layout.USER_CS32, layout.USER_DS)
@@ -188,13 +196,14 @@ def _segments(done: Entry, sregs: Any, memory: Any, tables: int, long: bool) -> 
 def _prot32(done: Entry, sregs: Any, memory: Any, tables: int) -> None:
     if tables >= 1 << 32:
         raise ValueError(f"tables {tables:#x} does not fit into 32 bits")
-    _segments(done, sregs, memory, tables, long=False)
+    _segments(done, sregs, memory, tables, 0, long=False)
     sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
 
 
 def _long64(
-    done: Entry, sregs: Any, memory: Any, tables: int, map_size: int, gigapages: bool, perms: str
-) -> None:
+    done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, map_size: int, gigapages: bool,
+    perms: str,
+) -> None:  # fmt: skip
     if map_size <= 0 or map_size % (1 << 21):
         raise ValueError(f"map_size {map_size:#x} must be a multiple of 2 MiB")
     if not gigapages and map_size > layout.MAP_SIZE:
@@ -207,7 +216,7 @@ def _long64(
         pages.page_sizes = pages.page_sizes[:2]
     pages.identity(map_size, perms=perms)
     done.page_tables = pages
-    _segments(done, sregs, memory, tables, long=True)
+    _segments(done, sregs, memory, tables, iopl, long=True)
     sregs.cr0 = _CR0_PROTECTED | _CR0_PAGING
     sregs.cr3, sregs.cr4 = pages.cr3, _CR4_PAE | _CR4_SSE
     sregs.efer = _EFER_LONG | (_EFER_NXE if pages.needs_nx else 0)

@@ -13,6 +13,8 @@ Rights are kept in the last entry of a walk; the entries above allow everything.
 
 from __future__ import annotations
 
+from struct import pack
+
 from .walk import NX, PS, SHAPES, P, U, W, peek, size_name, walk
 
 TYPE_CHECKING = False
@@ -178,9 +180,9 @@ class PageTables:
             self._refuse(old, entry_size, gva, size, name)
         if size != PAGE:
             flags |= PS
-        entries = range(gpa | flags & ~NX, (gpa | flags & ~NX) + count * size, size)
-        high = flags & NX
-        raw = b"".join((entry | high).to_bytes(entry_size, "little") for entry in entries)
+        start = gpa | flags  # includes NX, so the numbers have all of their 64 bits
+        entries = range(start, start + count * size, size)
+        raw = pack(f"<{count}{'Q' if entry_size == 8 else 'I'}", *entries)
         self._memory[first:last] = raw
         return count * size
 
