@@ -37,16 +37,17 @@ _TIMEOUT_SECONDS = 30.0
 _CACHED = 256
 _ERRORS_SHOWN = 5
 
-# One output section, so that code and data stay side by side in the order flat images want, and
-# .bss becomes zeros in the image. PHDRS keeps the ELF headers out of the loaded bytes.
+# One output section, so that code and data stay side by side in the order flat images want, the
+# caller's own sections last, and .bss becomes zeros in the image. PHDRS keeps the ELF headers out
+# of the loaded bytes.
 _SCRIPT = """
 PHDRS {{ image PT_LOAD FLAGS(7); }}
 SECTIONS {{
+  /DISCARD/ : {{ *(.note .note.*) *(.comment) *(.eh_frame) *(.debug*) }}
   . = {at:#x};
   .image : {{
-    *(.text .text.*) *(.rodata .rodata.*) *(.data .data.*) *(.bss .bss.*) *(COMMON)
+    *(.text .text.*) *(.rodata .rodata.*) *(.data .data.*) *(.bss .bss.*) *(COMMON) *(*)
   }} :image
-  /DISCARD/ : {{ *(.note .note.*) *(.comment) *(.eh_frame) }}
 }}
 """
 
@@ -107,8 +108,8 @@ def asm(
     """Assemble ``text`` and link it for address ``at``.
 
     Args:
-        text: the source. Sections .text, .rodata, .data and .bss end up in this order in one
-            image; .bss as zeros.
+        text: the source. Sections .text, .rodata, .data, .bss and others end up in this order in
+            one image; .bss as zeros.
         mode: the mode the first instruction runs in. ``.code16``, ``.code32`` and ``.code64`` in
             the text switch, for guests that change mode.
         at: the address the first byte will have, so that absolute references are right.

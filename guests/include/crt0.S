@@ -3,6 +3,7 @@
 # The loader has zeroed .bss. What is left: a stack, and somebody to call main and to pass on what
 # it returns.
 
+        .file   "crt0.S"
         .intel_syntax noprefix
         .code64
 

@@ -10,6 +10,7 @@
         .equ    CODE, 0x08              # selectors: the offsets of the descriptors in the GDT below
         .equ    DATA, 0x10
         .equ    WINDOW, 0x18
+        .equ    BEYOND, 0x20            # there is no such descriptor
 
 start:
         cli                             # no IDT yet: an interrupt now would be the end
@@ -53,20 +54,21 @@ protected:
         mov     esi, offset says_base
         call    puts
 
-# And its limit is checked: one byte further is #GP, vector 13, which comes with an error code.
-        lidt    idt_pointer
-        mov     al, gs:[15]             # the last valid offset
-faults:
-        mov     al, gs:[16]
-        jmp     bad                     # not reached
-after_fault:
-        mov     esi, offset says_limit
-        call    puts
-
 # The processor itself notes in a descriptor that it was loaded: bit 0 of the type, "accessed".
         test    byte ptr [gdt_window + 5], 1
         jz      bad
         mov     esi, offset says_accessed
+        call    puts
+
+# A selector has to lie within the table: loading one behind its end is #GP, vector 13. This exception
+# comes with an error code, which here is the selector.
+        lidt    idt_pointer
+        mov     ax, BEYOND
+faults:
+        mov     gs, ax
+        jmp     bad                     # not reached
+after_fault:
+        mov     esi, offset says_beyond
         call    puts
         hlt
 
@@ -75,7 +77,7 @@ after_fault:
 # as longjmp would: it throws the stack away and goes on elsewhere. (IRET in protected mode is one of
 # the instructions that KVM's emulator does not know; see docs/backends.md.)
 general_protection:
-        cmp     dword ptr [esp], 0      # error code: no selector is to blame
+        cmp     dword ptr [esp], BEYOND # the error code
         jne     bad
         cmp     dword ptr [esp + 4], offset faults
         jne     bad
@@ -98,7 +100,7 @@ says_real:      .asciz "real mode: 16 bits, segment * 16\n"
 says_protected: .asciz "protected mode: CS came from the GDT\n"
 says_reach:     .asciz "a store above 1 MiB\n"
 says_base:      .asciz "a segment with base 0x180000 sees it at offset 0\n"
-says_limit:     .asciz "offset 15 is its last byte: 16 raised #GP(0)\n"
+says_beyond:    .asciz "selector 0x20 is behind the end of the GDT: #GP(0x20)\n"
 says_accessed:  .asciz "its descriptor is marked as accessed\n"
 
 # One descriptor is 8 bytes:
