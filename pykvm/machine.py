@@ -286,8 +286,6 @@ class Machine:
     def _doorbell(self, claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
         """Ask KVM to ring an eventfd itself; False where it cannot."""
         flags = 0 if self.pio.find(claim.first) is not claim else lib.KVM_IOEVENTFD_FLAG_PIO
-        if datamatch is not None:
-            flags |= lib.KVM_IOEVENTFD_FLAG_DATAMATCH
         if not on:
             flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         if not self.vm.check_extension("KVM_CAP_IOEVENTFD"):
@@ -295,7 +293,7 @@ class Machine:
         if size == 0 and not self.vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH"):
             return False
         self.vm.ioeventfd(
-            addr=claim.first, len=size, fd=claim.device, datamatch=datamatch or 0, flags=flags
+            addr=claim.first, len=size, fd=claim.device, datamatch=datamatch, flags=flags
         )
         return True
 
