@@ -371,6 +371,14 @@ class TestFillFindCstring:
         with pytest.raises(ValueError, match="empty pattern"):
             mem.find(b"")
 
+    def test_find_sees_every_way_to_lie_across_the_seam(self, mem: GuestMemory) -> None:
+        for gpa in range(SEAM - 7, SEAM + 2):
+            mem.fill(0, TOP)
+            mem.write(gpa, b"needle")
+            assert mem.find(b"needle") == gpa
+            assert mem.find(b"needle", gpa, gpa + 6) == gpa
+            assert mem.find(b"needle", gpa + 1) is mem.find(b"needle", 0, gpa + 5) is None
+
     def test_cstring_ends_at_a_nul(self, mem: GuestMemory) -> None:
         for gpa in (0x100, SEAM - 3):
             mem.write(gpa, b"hello\0world")

@@ -170,11 +170,14 @@ class TestFile:
             with pytest.raises(FileNotFoundError):
                 mem.add_file(0, tmp_path / "missing", "4K")
 
-    def test_a_file_that_overlaps_is_let_go_again(self, backing_file: Path, no_leak: None) -> None:
+    def test_a_file_that_overlaps_is_let_go_again(
+        self, backing_file: Path, recwarn: pytest.WarningsRecorder, no_leak: None
+    ) -> None:
         with GuestMemory("64K") as mem:
             with pytest.raises(ValueError, match="overlaps the region 0x0-0xffff"):
                 mem.add_file(0x8000, backing_file, shared=True)
             assert not mappings_of(str(backing_file))
+        assert not recwarn.list  # it was closed, not left to the garbage collector
 
     def test_a_private_rom_can_be_patched_by_the_host(self, backing_file: Path) -> None:
         backing_file.chmod(stat.S_IRUSR)
@@ -333,6 +336,14 @@ class TestTheEnd:
         del part
         assert mem.regions == (region,)  # they are still there, and hold nothing
         assert not mappings_of("outlived")
+
+    def test_cells_that_were_kept_are_dead_after_close(self) -> None:
+        mem = GuestMemory("4K")
+        cells = mem.regions[0].cells(4)
+        assert cells[0] == 0
+        mem.close()
+        with pytest.raises(ValueError, match="released"):
+            cells[0]
 
     def test_the_descriptor_goes_with_the_last_view_at_the_latest(self, no_leak: None) -> None:
         mem = GuestMemory()

@@ -174,7 +174,9 @@ class TestAttach:
         mem.detach(heard.append)
         assert heard == [first, second]
 
-    def test_a_refused_region_is_taken_back(self, mem: GuestMemory) -> None:
+    def test_a_refused_region_is_taken_back(
+        self, mem: GuestMemory, recwarn: pytest.WarningsRecorder, no_leak: None
+    ) -> None:
         def refuse(region: Region) -> None:
             if region.guest_phys_addr:
                 raise OSError("no slots left")
@@ -185,6 +187,7 @@ class TestAttach:
             mem.add_memfd(0x1000, "4K")
         assert len(mem.regions) == 1
         assert 0x1000 not in mem
+        assert not recwarn.list  # it was closed, not left to the garbage collector
 
     def test_a_machine_that_refuses_what_there_is_is_not_attached(self, mem: GuestMemory) -> None:
         def refuse(region: Region) -> None:
