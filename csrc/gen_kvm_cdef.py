@@ -126,9 +126,11 @@ def check_toolchain(compiler: Compiler) -> None:
         ),
     )
     for header, flags, what, debian, fedora in needs:
-        if compiler.run(f"#include <{header}>\n", "-E", "-w", *flags).returncode:
+        result = compiler.run(f"#include <{header}>\n", "-E", "-w", *flags)
+        if result.returncode:
+            reason = result.stderr.partition("\n")[0]
             raise BuildError(
-                f"pykvm needs {what}: <{header}> was not found.\n"
+                f"pykvm needs {what}: <{header}> cannot be included ({reason}).\n"
                 f"  Debian, Ubuntu:  apt install {debian}\n"
                 f"  Fedora, RHEL:    dnf install {fedora}"
             )

@@ -52,6 +52,7 @@ print(json.dumps({
     "names": {name: repr(getattr(lib, name)) for name in dir(lib) if name.isupper()},
     "functions": [name for name in dir(lib) if not name.isupper()],
     "structs": {tag: [ffi.sizeof(tag), fields(ffi.typeof(tag))] for tag in tags},
+    "three msrs": ffi.sizeof(ffi.new("struct kvm_msrs *", {"entries": 3})[0]),
 }))
 """
 
@@ -126,6 +127,7 @@ def test_the_module_is_the_same_whatever_header_it_was_built_against(
         description["structs"].pop("struct kvm_vcpu_events_of_older_header", None)
     assert theirs["names"] == ours["names"]
     assert theirs["functions"] == ours["functions"]
+    assert theirs["three msrs"] == ours["three msrs"] == 8 + 3 * 16
     assert theirs["structs"] == ours["structs"]
 
 
