@@ -12,12 +12,12 @@
 
 from __future__ import annotations
 
-from pykvm.errors import ClosedError, GuestMemoryError
+from pykvm.errors import GuestMemoryError
 
 from . import backing as _backing
 from .region import Region
-from .region_map import RegionMap
-from .units import check_pages, checked_int, format_size, parse_size
+from .region_map import GPA_LIMIT, RegionMap
+from .units import checked_int, format_size, parse_size
 from .words import Words
 
 TYPE_CHECKING = False
@@ -37,11 +37,6 @@ if TYPE_CHECKING:
     Window = tuple[int, int, mmap.mmap, int]
     # first gpa, end gpa, the region as bytes
     Octets = tuple[int, int, memoryview]
-
-# MAXPHYADDR is at most 52 (Intel SDM volume 3A, 4.1.4; AMD APM volume 2, 5.1).
-_GPA_LIMIT = 1 << 52
-# KVM keeps the slot number in 16 bits (api.rst 4.35); how many it has, KVM_CAP_NR_MEMSLOTS tells.
-_SLOT_LIMIT = 1 << 16
 
 _FILL_CHUNK = 1 << 20
 
@@ -126,7 +121,7 @@ class GuestMemory:
             OSError: the host has no room for it.
         """
         size = parse_size(size)
-        gpa, slot = self._check(gpa, size, slot)
+        gpa, slot = self._map.place(gpa, size, slot)
         return self._insert(
             slot, gpa, _backing.anonymous(gpa, size, huge), readonly, log_dirty, name
         )
@@ -148,7 +143,7 @@ class GuestMemory:
         it past ``close()``.
         """
         size = parse_size(size)
-        gpa, slot = self._check(gpa, size, slot)
+        gpa, slot = self._map.place(gpa, size, slot)
         return self._insert(
             slot, gpa, _backing.memfd(gpa, size, huge, name), readonly, log_dirty, name
         )
@@ -188,7 +183,7 @@ class GuestMemory:
         wanted = None if size is None else parse_size(size)
         made = _backing.file(os.fsdecode(path), wanted, parse_size(offset), shared, readonly)
         try:
-            gpa, slot = self._check(gpa, made.size, slot)
+            gpa, slot = self._map.place(gpa, made.size, slot)
         except BaseException:
             made.close()
             raise
@@ -200,7 +195,7 @@ class GuestMemory:
         This is how a machine hears of slots to tell KVM about. If ``register`` raises for a new
         region, that region is taken back and the error comes through ``add``.
         """
-        self._check_open()
+        self._map.check_open()
         for region in self._map.regions:
             register(region)
         self._register.append(register)
@@ -357,10 +352,10 @@ class GuestMemory:
 
         Holes are skipped; a match may span regions that adjoin.
         """
-        self._check_open()
+        self._map.check_open()
         wanted = bytes(_plain(pattern))
         start = checked_int(start, "a gpa")
-        stop = _GPA_LIMIT if stop is None else checked_int(stop, "a gpa")
+        stop = GPA_LIMIT if stop is None else checked_int(stop, "a gpa")
         if not wanted:
             raise ValueError("an empty pattern is everywhere")
         for region in self._map.regions:
@@ -449,31 +444,6 @@ class GuestMemory:
             self._octets = (region.guest_phys_addr, region.end, region.cells(1))
         _store(pieces, data)
 
-    def _check(self, gpa: int, size: int, slot: int | None) -> tuple[int, int]:
-        """Check a new region's place and return its gpa and slot."""
-        self._check_open()
-        gpa = check_pages(checked_int(gpa, "a gpa"), "gpa")
-        check_pages(size, "size")
-        if size == 0:
-            raise ValueError("a region of no bytes")
-        if gpa < 0 or gpa + size > _GPA_LIMIT:
-            raise ValueError(
-                f"{gpa:#x}..{gpa + size:#x} is not within the 52 bits of a physical address"
-            )
-        if (other := self._map.overlap(gpa, size)) is not None:
-            raise ValueError(
-                f"{gpa:#x}-{gpa + size - 1:#x} ({format_size(size)}) overlaps the region "
-                f"{other.describe()}"
-            )
-        taken = {region.slot: region for region in self._map.regions}
-        if slot is None:
-            slot = next(n for n in range(_SLOT_LIMIT + 1) if n not in taken)
-        if not 0 <= checked_int(slot, "a slot") < _SLOT_LIMIT:
-            raise ValueError(f"slot {slot} is not within 0..{_SLOT_LIMIT - 1}")
-        if slot in taken:
-            raise ValueError(f"slot {slot} is in use by the region {taken[slot].describe()}")
-        return gpa, slot
-
     def _insert(
         self, slot: int, gpa: int, made: Backing, readonly: bool, log_dirty: bool, name: str
     ) -> Region:
@@ -487,10 +457,6 @@ class GuestMemory:
             region.close()
             raise
         return region
-
-    def _check_open(self) -> None:
-        if self._map.closed:
-            raise ClosedError("this guest memory was closed")
 
 
 def _span(key: slice) -> tuple[int, int]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from pykvm.errors import ClosedError, GuestMemoryError
 
-from .units import checked_int
+from .units import check_pages, checked_int, format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     # (region, offset within it, length)
     Piece = tuple[Region, int, int]
+
+# MAXPHYADDR is at most 52 (Intel SDM volume 3A, 4.1.4; AMD APM volume 2, 5.1).
+GPA_LIMIT = 1 << 52
+# KVM keeps the slot number in 16 bits (api.rst 4.35); how many it has, KVM_CAP_NR_MEMSLOTS tells.
+_SLOT_LIMIT = 1 << 16
 
 _MOST_SHOWN = 8
 
@@ -37,6 +42,11 @@ class RegionMap:
     def __init__(self) -> None:
         self.regions: list[Region] = []
         self.closed = False
+
+    def check_open(self) -> None:
+        """Raise ClosedError once the memory was closed."""
+        if self.closed:
+            raise ClosedError("this guest memory was closed")
 
     def index(self, gpa: int) -> int:
         """Return how many regions begin at or below ``gpa``."""
@@ -64,6 +74,40 @@ class RegionMap:
             return region
         return None
 
+    def place(self, gpa: int, size: int, slot: int | None) -> tuple[int, int]:
+        """Check where a new region is to lie, and return its gpa and its slot.
+
+        Args:
+            gpa: its first guest-physical address.
+            size: its length in bytes.
+            slot: KVM's number for it, or None for the lowest that is free.
+
+        Raises:
+            ValueError: not whole pages, empty, beyond 2**52, an overlap, or a slot in use.
+        """
+        self.check_open()
+        gpa = check_pages(checked_int(gpa, "a gpa"), "gpa")
+        check_pages(size, "size")
+        if size == 0:
+            raise ValueError("a region of no bytes")
+        if gpa < 0 or gpa + size > GPA_LIMIT:
+            raise ValueError(
+                f"{gpa:#x}..{gpa + size:#x} is not within the 52 bits of a physical address"
+            )
+        if (other := self.overlap(gpa, size)) is not None:
+            raise ValueError(
+                f"{gpa:#x}-{gpa + size - 1:#x} ({format_size(size)}) overlaps the region "
+                f"{other.describe()}"
+            )
+        taken = {region.slot: region for region in self.regions}
+        if slot is None:
+            slot = next(n for n in range(_SLOT_LIMIT + 1) if n not in taken)
+        if not 0 <= checked_int(slot, "a slot") < _SLOT_LIMIT:
+            raise ValueError(f"slot {slot} is not within 0..{_SLOT_LIMIT - 1}")
+        if slot in taken:
+            raise ValueError(f"slot {slot} is in use by the region {taken[slot].describe()}")
+        return gpa, slot
+
     def insert(self, region: Region) -> None:
         """Add a region; the caller has seen that it overlaps none."""
         self.regions.insert(self.index(region.guest_phys_addr), region)
@@ -80,8 +124,7 @@ class RegionMap:
         """
         gpa = checked_int(gpa, "a gpa")
         length = checked_int(length, "a length")
-        if self.closed:
-            raise ClosedError("this guest memory was closed")
+        self.check_open()
         if gpa < 0:
             raise GuestMemoryError(f"a gpa cannot be negative: {gpa:#x}", gpa, length)
         if length < 0:
