@@ -200,7 +200,7 @@ class Cpu:
 
     @property
     def msr(self) -> MsrView:
-        """Model-specific registers by number or name: ``cpu.msr[0xC0000080]``, ``cpu.msr["EFER"]``."""
+        """MSRs by number or name: ``cpu.msr[0xC0000080]``, ``cpu.msr["EFER"]``."""
         return MsrView(self)
 
     @property
@@ -311,7 +311,9 @@ class Cpu:
         return CpuState(self.index, regs.rip, self.code(), halted, bool(regs.rflags & 1 << 9))
 
     def __repr__(self) -> str:
-        return f"<Cpu {self.index}{' ' + self.ended if self.ended else ''}>\n{self.regs}\n{self.sregs}"
+        return (
+            f"<Cpu {self.index}{' ' + self.ended if self.ended else ''}>\n{self.regs}\n{self.sregs}"
+        )
 
 
 class _Closed:

@@ -38,9 +38,7 @@ def explain(cpu: Cpu, reason: str, exit: Any) -> VcpuExitError:
         return refused(cpu, "KVM_RUN")
     sregs, context = cpu.load_sregs(), _context(cpu)
     if reason == reasons.FAILED_ENTRY:
-        text = arch.explain_fail_entry(
-            exit.hardware_entry_failure_reason, sregs=sregs, **context
-        )
+        text = arch.explain_fail_entry(exit.hardware_entry_failure_reason, sregs=sregs, **context)
     elif reason == reasons.INTERNAL_ERROR:
         text = arch.explain_internal_error(
             _SUBERRORS.get(exit.suberror, f"suberror {exit.suberror}"),

@@ -7,6 +7,7 @@ import time
 
 from pykvm import result as reasons
 from pykvm._abi import lib
+from pykvm._typing import overload
 from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
 from pykvm.errors import ClosedError
@@ -90,7 +91,6 @@ class Machine:
         self._irqchip = irqchip
         self.pio = Bus("pio", self._slots, self._doorbell)
         self.mmio = Bus("mmio", self._slots, self._doorbell)
-        self._owns = not isinstance(memory, GuestMemory)
         self.kvm = Kvm(path)
         try:
             self.vm: Vm = self.kvm.create_vm()
@@ -104,9 +104,7 @@ class Machine:
             self.kvm.close()
             raise
 
-    def _populate(
-        self, cpus: int, irqchip: bool, pit: bool, cpuid: str | list[Any] | None
-    ) -> None:
+    def _populate(self, cpus: int, irqchip: bool, pit: bool, cpuid: str | list[Any] | None) -> None:
         self.memory.attach(self._register)
         if irqchip:
             self.vm.create_irqchip()
@@ -193,7 +191,13 @@ class Machine:
 
     # ---- handlers ------------------------------------------------------------------------------
 
-    def on_pio(self, port: int, handler: Function | None = None, *, count: int = 1) -> Any:
+    @overload
+    def on_pio(self, port: int, handler: Function, *, count: int = 1) -> Function: ...
+    @overload
+    def on_pio(
+        self, port: int, handler: None = None, *, count: int = 1
+    ) -> Callable[[Function], Function]: ...
+    def on_pio(self, port: int, handler: Any = None, *, count: int = 1) -> Any:
         """Serve ``count`` I/O ports from ``port`` by a Python handler; also a decorator.
 
         The handler gets a ``PioAccess`` (``.port .size .is_write .value``). What it returns
@@ -204,7 +208,13 @@ class Machine:
         """
         return self._hook_range(self.pio, port, handler, count)
 
-    def on_mmio(self, gpa: int, length: int, handler: Function | None = None) -> Any:
+    @overload
+    def on_mmio(self, gpa: int, length: int, handler: Function) -> Function: ...
+    @overload
+    def on_mmio(
+        self, gpa: int, length: int, handler: None = None
+    ) -> Callable[[Function], Function]: ...
+    def on_mmio(self, gpa: int, length: int, handler: Any = None) -> Any:
         """Serve ``length`` bytes of guest-physical memory by a Python handler; also a decorator.
 
         The range must not be RAM: KVM serves RAM itself. Else as :meth:`on_pio`, with a
@@ -235,7 +245,11 @@ class Machine:
         """
         return self._hook(lib.KVM_EXIT_SHUTDOWN, handler)
 
-    def on_exit(self, reason: int, handler: Function | None = None) -> Any:
+    @overload
+    def on_exit(self, reason: int, handler: Function) -> Function: ...
+    @overload
+    def on_exit(self, reason: int, handler: None = None) -> Callable[[Function], Function]: ...
+    def on_exit(self, reason: int, handler: Any = None) -> Any:
         """Call ``handler(exit)`` on any other exit, ``pykvm.kvm.KVM_EXIT_*``; also a decorator.
 
         The exit is typed (``pykvm.kvm.exits``). The guest goes on unless the handler returns
@@ -253,7 +267,11 @@ class Machine:
         self._hooks[reason] = handler
         return handler
 
-    def on_msr(self, index: int | str, handler: Function | None = None) -> Any:
+    @overload
+    def on_msr(self, index: int | str, handler: Function) -> Function: ...
+    @overload
+    def on_msr(self, index: int | str, handler: None = None) -> Callable[[Function], Function]: ...
+    def on_msr(self, index: int | str, handler: Any = None) -> Any:
         """Serve RDMSR and WRMSR of one MSR by a Python handler; also a decorator.
 
         The handler gets an exit with ``.index``, ``.is_write`` and ``.data``. For RDMSR it returns
@@ -266,10 +284,14 @@ class Machine:
         from pykvm.arch.x86_64.msrs import number
 
         if handler is None:
-            return lambda function: self.on_msr(index, function)
+
+            def decorate(function: Function) -> Function:
+                return self.on_msr(index, function)
+
+            return decorate
         from pykvm.kvm import MsrRange
 
-        wanted = {**self._msrs, number(index): handler}
+        wanted: dict[int, Callable[[Any], object]] = {**self._msrs, number(index): handler}
         self.vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", lib.KVM_MSR_EXIT_REASON_FILTER)
         both = lib.KVM_MSR_FILTER_READ | lib.KVM_MSR_FILTER_WRITE
         self.vm.x86_set_msr_filter([MsrRange(both, msr, 1) for msr in wanted])
@@ -285,7 +307,7 @@ class Machine:
 
     def _doorbell(self, claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
         """Ask KVM to ring an eventfd itself; False where it cannot."""
-        flags = 0 if self.pio.find(claim.first) is not claim else lib.KVM_IOEVENTFD_FLAG_PIO
+        flags = lib.KVM_IOEVENTFD_FLAG_PIO if claim.bus is self.pio else 0
         if not on:
             flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
         if not self.vm.check_extension("KVM_CAP_IOEVENTFD"):

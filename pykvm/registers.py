@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+from pykvm._typing import overload
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self, overload
+    from typing import Any, Self
 
     from pykvm.cpu import Cpu
-else:
-
-    def overload(function: object) -> None:
-        """Stand in for typing.overload, which costs an import."""
-
 
 REGS = 1
 SREGS = 2
@@ -35,7 +32,7 @@ class _Register:
 
 
 class Whole(_Register):
-    """A 64-bit general register, RIP or RFLAGS."""
+    """A 64-bit register: a general one, RIP or RFLAGS."""
 
     __slots__ = ("field",)
 
@@ -49,12 +46,27 @@ class Whole(_Register):
     def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
         if cpu is None:
             return self
-        value: int = getattr(cpu.load_regs(), self.field)
+        value: int = getattr(self._load(cpu), self.field)
         return value
 
     def __set__(self, cpu: Cpu, value: int) -> None:
-        setattr(cpu.load_regs(), self.field, _fits(self.name, value, 64))
-        cpu.dirty(REGS)
+        setattr(self._load(cpu), self.field, _fits(self.name, value, 64))
+        cpu.dirty(self._file)
+
+    _file = REGS
+
+    def _load(self, cpu: Cpu) -> Any:
+        return cpu.load_regs()
+
+
+class Control(Whole):
+    """A control register, EFER or the APIC base, in ``struct kvm_sregs``."""
+
+    __slots__ = ()
+    _file = SREGS
+
+    def _load(self, cpu: Cpu) -> Any:
+        return cpu.load_sregs()
 
 
 class Part(_Register):
@@ -111,29 +123,6 @@ class Flag(_Register):
         regs = cpu.load_regs()
         regs.rflags = regs.rflags & ~(1 << self.bit) | bool(value) << self.bit
         cpu.dirty(REGS)
-
-
-class Control(_Register):
-    """A control register, EFER or the APIC base, in ``struct kvm_sregs``."""
-
-    __slots__ = ("field",)
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> int: ...
-    def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
-        if cpu is None:
-            return self
-        value: int = getattr(cpu.load_sregs(), self.field)
-        return value
-
-    def __set__(self, cpu: Cpu, value: int) -> None:
-        setattr(cpu.load_sregs(), self.field, _fits(self.name, value, 64))
-        cpu.dirty(SREGS)
 
 
 class Field(_Register):

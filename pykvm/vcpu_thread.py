@@ -166,11 +166,11 @@ class Runner:
                     if end is not None:
                         return end
 
-    def _call(self, lock: Any, handler: Callable[[Any], object], argument: Any) -> Any:
+    def _call(self, lock: Any, function: Callable[..., object], *arguments: Any) -> Any:
         if lock is None:
-            return handler(argument)
+            return function(*arguments)
         with lock:
-            return handler(argument)
+            return function(*arguments)
 
     def _other(self, word: int, lock: Any) -> End | None:
         """Everything but an access for a handler: None to go on."""
@@ -180,15 +180,16 @@ class Runner:
         if word == lib.PYKVM_EXIT:
             return self._exit(lock)
         if word == lib.PYKVM_TRACED:
-            if ioctl.tracer is not None:
-                ioctl.tracer(self.vcpu, "KVM_RUN", ffi.NULL, lambda: -c.error)
-            else:
-                c.trace = 0
+            c.trace = ioctl.tracing()
+            if c.trace:
+                from pykvm.kvm.tracing import log_run
+
+                log_run(self.vcpu, -c.error)
             return None
         if word == lib.PYKVM_FULL:
             claim = self._claim()
             if claim is not None:
-                self._call(lock, lambda device: device.drain(), claim.device)
+                self._call(lock, claim.device.drain)
             return None
         if word == lib.PYKVM_UNCLAIMED:
             return End(reasons.UNCLAIMED, self.access())
@@ -207,15 +208,18 @@ class Runner:
 
         run = self.c.run
         reason = run.exit_reason
-        exit = decode(run)
+        exit: Any = decode(run)
         if reason in _MSR and exit.index in self._msrs:
             self._msr(exit, self._call(lock, self._msrs[exit.index], exit))
             return None
         hook = self._hooks.get(reason)
-        if hook is not None and self._call(lock, hook, exit) is not False:
-            # What is fatal repeats if it is simply re-run: the hook must have set registers.
-            if reason not in _FATAL or run.kvm_dirty_regs:
-                return None
+        # What is fatal repeats if it is simply re-run: its hook must have set registers.
+        if (
+            hook is not None
+            and self._call(lock, hook, exit) is not False
+            and (reason not in _FATAL or run.kvm_dirty_regs)
+        ):
+            return None
         return End(_EXITS.get(reason, reasons.OTHER_EXIT), exit)
 
     def _msr(self, exit: Any, answer: Any) -> None:
@@ -226,7 +230,9 @@ class Runner:
         elif isinstance(answer, int) and 0 <= answer < 1 << 64:
             self.vcpu.complete_msr(answer)
         else:
-            raise ValueError(f"the handler of MSR {exit.index:#x} answered {answer!r}: no 64-bit int")
+            raise ValueError(
+                f"the handler of MSR {exit.index:#x} answered {answer!r}: no 64-bit int"
+            )
 
     def _claim(self) -> Any:
         access = self.c.access

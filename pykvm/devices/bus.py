@@ -36,6 +36,7 @@ class Claim:
     """A claimed range: first and last address inclusive, and what serves it.
 
     Attributes:
+        bus: the bus it is on.
         first, last: ports or guest-physical addresses.
         on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
         value: what reads answer where the action does not say.
@@ -44,7 +45,7 @@ class Claim:
     """
 
     __slots__ = (
-        "_bus", "_hits", "device", "first", "handler", "in_kernel", "last", "on_read", "on_write",
+        "_hits", "bus", "device", "first", "handler", "in_kernel", "last", "on_read", "on_write",
         "slot", "tag", "value",
     )  # fmt: skip
 
@@ -60,7 +61,7 @@ class Claim:
         device: Any = None,
         tag: str = "",
     ) -> None:
-        self._bus = bus
+        self.bus = bus
         self._hits = ffi.new("uint64_t *")
         self.first = first
         self.last = last
@@ -80,12 +81,12 @@ class Claim:
 
     def release(self) -> None:
         """Give the range back; its eventfds are closed. Idempotent."""
-        self._bus.release(self)
+        self.bus.release(self)
 
     def __repr__(self) -> str:
         names = {self.on_read: "", self.on_write: ""}
         actions = "/".join(_ACTION_NAMES[a] for a in names)
-        return f"<{self._bus.name} {self.first:#x}..{self.last:#x} {actions}, {self.hits} hits>"
+        return f"<{self.bus.name} {self.first:#x}..{self.last:#x} {actions}, {self.hits} hits>"
 
 
 _ACTION_NAMES = {
@@ -109,9 +110,7 @@ class Bus:
             KVM.
     """
 
-    def __init__(
-        self, name: str, slots: list[Slot], doorbell: DoorbellFn | None = None
-    ) -> None:
+    def __init__(self, name: str, slots: list[Slot], doorbell: DoorbellFn | None = None) -> None:
         if name not in ("pio", "mmio"):
             raise ValueError(f'a bus is "pio" or "mmio", not {name!r}')
         self.name = name

@@ -9,17 +9,13 @@ from __future__ import annotations
 import os
 
 from pykvm._abi import ffi, lib
+from pykvm._typing import overload
 from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any, overload
-else:
-
-    def overload(function: object) -> None:
-        """Stand in for typing.overload, which costs an import."""
-
+    from typing import Any
 
 KEEP_BYTES = 16 << 20
 """Default of how much a FIFO or a log keeps until it is read, in bytes."""
@@ -102,7 +98,7 @@ class Ring:
     def pop(self) -> Any:
         """All items there are, as a C array that lasts until the next pop, and their number."""
         if self._eventfd >= 0:
-            try:  # before popping: a push in between signals anew
+            try:  # noqa: SIM105  before popping: a push in between signals anew
                 os.eventfd_read(self._eventfd)
             except BlockingIOError:
                 pass

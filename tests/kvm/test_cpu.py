@@ -84,7 +84,9 @@ def test_flags_are_bools(cpu: pykvm.Cpu) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("rax", 1 << 64), ("al", 256), ("eax", -1), ("cr0", 1 << 64), ("ah", 999)]
 )
-def test_a_value_that_does_not_fit_names_the_register(cpu: pykvm.Cpu, name: str, value: int) -> None:
+def test_a_value_that_does_not_fit_names_the_register(
+    cpu: pykvm.Cpu, name: str, value: int
+) -> None:
     with pytest.raises(ValueError, match=name):
         setattr(cpu, name, value)
     with pytest.raises(TypeError, match=name):
@@ -120,7 +122,7 @@ def test_ioctls_below_and_attributes_above_agree(cpu: pykvm.Cpu) -> None:
 def test_msrs_by_number_and_name(cpu: pykvm.Cpu) -> None:
     cpu.msr[0xC0000102] = 0xFFFF800000001000  # KERNEL_GS_BASE
     assert cpu.msr[0xC0000102] == cpu.msr["KERNEL_GS_BASE"] == 0xFFFF800000001000
-    with pytest.raises(pykvm.PykvmError, match="(?i)0xdeadbeef"):
+    with pytest.raises(pykvm.PykvmError, match=r"(?i)0xdeadbeef"):
         cpu.msr[0xDEADBEEF]
 
 

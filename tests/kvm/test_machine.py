@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 import pykvm
+import pykvm.kvm
 from pykvm import result as reasons
 from pykvm.devices.access import MmioAccess, PioAccess
 
@@ -25,7 +26,7 @@ def m() -> Iterator[pykvm.Machine]:
 
 def start(m: pykvm.Machine, text: str, mode: str = "long64", **options: int) -> None:
     """Assemble at 0x8000 and make the first vCPU ready to run it."""
-    m.load(pykvm.asm(text, mode=mode, at=0x8000))
+    m.load(pykvm.asm(text, mode=mode, at=0x8000))  # type: ignore[arg-type]
     m.cpu.enter(mode, entry=0x8000, **options)
 
 
@@ -33,7 +34,7 @@ def run(m: pykvm.Machine) -> pykvm.RunResult:
     return m.run(timeout=GENEROUS)
 
 
-# ---- handlers ------------------------------------------------------------------------------------
+# ---- handlers ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["real16", "prot32", "long64"])
@@ -171,7 +172,7 @@ def test_a_hlt_hook_lets_the_guest_go_on(m: pykvm.Machine) -> None:
     assert m.cpu.ebx == 2
 
 
-# ---- C actions and doorbells -----------------------------------------------------------------------
+# ---- C actions and doorbells -------------------------------------------------------------------
 
 
 def test_a_console_fifo_takes_the_output_without_python(m: pykvm.Machine) -> None:
@@ -200,7 +201,7 @@ def test_a_doorbell_rings_in_the_kernel_and_makes_no_exit(m: pykvm.Machine) -> N
         os.close(address)
 
 
-# ---- how runs end ----------------------------------------------------------------------------------
+# ---- how runs end ------------------------------------------------------------------------------
 
 
 def test_an_unclaimed_port_says_which_and_can_be_claimed_afterwards(m: pykvm.Machine) -> None:
@@ -351,3 +352,18 @@ def test_a_nonsense_timeout_is_refused(m: pykvm.Machine, timeout: float) -> None
 def test_an_infinite_timeout_is_no_timeout(m: pykvm.Machine) -> None:
     start(m, "hlt")
     assert m.run(timeout=float("inf")).reason == reasons.HALTED
+
+
+def test_a_trace_shows_every_entry_of_the_c_loop(m: pykvm.Machine) -> None:
+    start(m, "out 0x10,al; out 0x11,al; hlt")
+    m.pio.ignore(0x10)
+    m.on_pio(0x11, lambda exit: None)
+    lines: list[str] = []
+    with pykvm.kvm.trace(lines):
+        assert run(m).reason == reasons.HALTED
+    runs = [line for line in lines if "KVM_RUN" in line]
+    assert len(runs) == 3
+    assert "0x10" in runs[0] and "0x11" in runs[1] and "Hlt" in runs[2]
+    m.cpu.rip = 0x8000
+    assert run(m).reason == reasons.HALTED
+    assert len([line for line in lines if "KVM_RUN" in line]) == 3

@@ -29,7 +29,7 @@ def pio(
     port: int, data: bytes | None = None, *, size: int = 1, count: int = 1, stop: bool = False
 ) -> dict[str, Any]:
     """A KVM_EXIT_IO: OUT of ``data``, or IN of ``count`` items."""
-    exit = {
+    exit: dict[str, Any] = {
         "reason": lib.KVM_EXIT_IO, "address": port, "size": size, "count": count,
         "is_write": data is not None, "stop": stop,
     }  # fmt: skip
@@ -41,7 +41,7 @@ def pio(
 
 def mmio(gpa: int, data: bytes | None = None, *, size: int = 4) -> dict[str, Any]:
     """A KVM_EXIT_MMIO: a store of ``data``, or a load of ``size`` bytes."""
-    exit = {
+    exit: dict[str, Any] = {
         "reason": lib.KVM_EXIT_MMIO, "address": gpa, "size": size, "is_write": data is not None,
     }  # fmt: skip
     if data is not None:

@@ -25,7 +25,7 @@ def run(fake: FakeRun, max_exits: int | None = None, seconds: float | None = Non
     return fake.runner.run(deadline, max_exits)
 
 
-# ---- handlers ------------------------------------------------------------------------------------
+# ---- handlers ----------------------------------------------------------------------------------
 
 
 def test_a_handler_sees_port_size_direction_and_value() -> None:
@@ -59,7 +59,9 @@ def test_none_answers_all_ones() -> None:
 @pytest.mark.parametrize("size", range(1, 9))
 def test_mmio_of_every_width_is_answered_in_full(size: int) -> None:
     value = 0xF123456789ABCDEF & (1 << 8 * size) - 1
-    fake = FakeRun(mmio(0xFED00008, size=size), mmio(0xFED00010, value.to_bytes(size, "little")), HLT)
+    fake = FakeRun(
+        mmio(0xFED00008, size=size), mmio(0xFED00010, value.to_bytes(size, "little")), HLT
+    )
     seen: list[MmioAccess] = []
 
     def handler(access: MmioAccess) -> int:
@@ -93,7 +95,9 @@ def test_a_string_read_is_answered_item_by_item() -> None:
 
 
 def test_an_access_kept_by_a_handler_stays_what_it_was() -> None:
-    fake = FakeRun(pio(1, b"a"), pio(1, b"b"), mmio(0x2000, b"12345678"), mmio(0x2000, b"x" * 8), HLT)
+    fake = FakeRun(
+        pio(1, b"a"), pio(1, b"b"), mmio(0x2000, b"12345678"), mmio(0x2000, b"x" * 8), HLT
+    )
     kept: list[PioAccess | MmioAccess] = []
     fake.pio.handle(1, kept.append)
     fake.mmio.handle(0x2000, kept.append)
@@ -115,7 +119,10 @@ def test_a_handlers_exception_comes_through_whole_and_the_run_can_go_on() -> Non
     assert run(fake).reason == reasons.HALTED
 
 
-@pytest.mark.parametrize(("answer", "kind"), [(256, ValueError), ("x", TypeError), (-2, ValueError), (1 << 80, ValueError)])
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [(256, ValueError), ("x", TypeError), (-2, ValueError), (1 << 80, ValueError)],
+)
 def test_an_answer_that_does_not_fit_is_an_error_that_names_the_place(
     answer: object, kind: type[Exception]
 ) -> None:
@@ -125,7 +132,7 @@ def test_an_answer_that_does_not_fit_is_an_error_that_names_the_place(
         run(fake)
 
 
-# ---- actions ---------------------------------------------------------------------------------------
+# ---- actions -----------------------------------------------------------------------------------
 
 
 def test_actions_serve_without_python_and_count() -> None:
@@ -160,7 +167,7 @@ def test_a_log_with_a_sink_hands_batches_on() -> None:
     fake.pio.log(0xE0, capacity=32, sink=lambda batch: batches.append([r.value for r in batch]))
     run(fake)
     fake.pio.drain()
-    assert sum(batches, []) == list(range(100))
+    assert [value for batch in batches for value in batch] == list(range(100))
     assert [len(b) for b in batches] == [32, 32, 32, 4]
 
 
@@ -247,7 +254,7 @@ def test_a_claim_released_by_its_own_handler_is_gone_at_once() -> None:
     assert bytes(seen) == b"a"
 
 
-# ---- how runs end --------------------------------------------------------------------------------
+# ---- how runs end ------------------------------------------------------------------------------
 
 
 def test_a_limit_counts_exits_and_the_next_run_goes_on() -> None:
@@ -376,16 +383,11 @@ def test_a_shutdown_hook_that_changes_nothing_does_not_run_for_ever() -> None:
 def test_a_traced_run_reports_every_kvm_run_and_serves_every_exit(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from pykvm.kvm import ioctl
+    from pykvm.kvm import ioctl, tracing
 
     calls: list[tuple[str, int]] = []
-
-    def tracer(handle: object, name: str, arg: object, issue: object) -> int:
-        result = issue()  # type: ignore[operator]
-        calls.append((name, result))
-        return int(result)
-
-    monkeypatch.setattr(ioctl, "tracer", tracer)
+    monkeypatch.setattr(ioctl, "tracer", lambda *arguments: 0)
+    monkeypatch.setattr(tracing, "log_run", lambda vcpu, result: calls.append(("KVM_RUN", result)))
     fake = FakeRun(pio(1, b"abc"), pio(1), error(errno.EINTR), HLT)
     seen: list[PioAccess] = []
     fake.pio.handle(1, seen.append)
