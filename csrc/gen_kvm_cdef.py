@@ -15,8 +15,8 @@ slip of this generator cannot turn into a wrong layout. What needs care, and whe
 trap                                         handled in
 ===========================================  ===================================================
 array sizes that are expressions             ``_Cdef._array``: ``[...]``, the compiler counts
-``__DECLARE_FLEX_ARRAY`` (an unnamed struct  ``_Cdef._members``: the wrapper is dropped, the array
-around an empty struct and an array)         stays
+``__DECLARE_FLEX_ARRAY`` (an unnamed struct  ``_Cdef._members``: the empty struct, which is not C
+around an empty struct and an array)         for cffi, is dropped
 a named member of unnamed type               ``_Cdef._hoist``: it gets a typedef of its
 (``kvm_run.system_event``), for which cffi   ``__typeof__``: ``kvm_run_system_event``; so cffi can
 would compute the layout by itself           ask the compiler about it
@@ -273,9 +273,6 @@ class _Cdef:
             if isinstance(inner, c_ast.Struct | c_ast.Union) and not member.name:
                 if not inner.decls:
                     continue
-                if isinstance(inner, c_ast.Struct) and _is_flex_array(inner):
-                    text += self._members(inner, name, access, depth)
-                    continue
                 kind = "union" if isinstance(inner, c_ast.Union) else "struct"
                 body = self._members(inner, name, access, depth + 1)
                 text += f"{indent}{kind} {{\n{body}{indent}}};\n"
@@ -349,10 +346,6 @@ def _is_empty(node: Any) -> bool:
     """Tell the ``struct { } __empty_name`` that __DECLARE_FLEX_ARRAY makes."""
     inner = getattr(node, "type", None)
     return isinstance(inner, c_ast.Struct) and not inner.name and not inner.decls
-
-
-def _is_flex_array(node: Any) -> bool:
-    return any(_is_empty(member.type) for member in node.decls)
 
 
 @dataclass(frozen=True)
