@@ -8,8 +8,9 @@ preprocessed (``cc -E``), parsed with pycparser (which cffi brings along), and t
 * a **cdef**: every ``struct kvm_*``, and every ``KVM_*`` / ``MSR_KVM_*`` name that the compiler
   itself accepts as an integer constant.
 
-cffi then takes sizes, offsets and values from the compiler (all structures end in ``...;``), so a
-slip of this generator cannot turn into a wrong layout. What needs care, and where it is done:
+cffi then takes sizes, offsets and values from the compiler (structures end in ``...;``, but for
+those with bit fields, which it compares with the compiler when they are first used), so a slip of
+this generator cannot turn into a wrong layout. What needs care, and where it is done:
 
 ===========================================  ===================================================
 trap                                         handled in
