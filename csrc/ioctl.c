@@ -1,4 +1,4 @@
-/* ioctl(2) with the error in the result. SPDX-License-Identifier: MIT */
+/* ioctl.c - one ioctl, its errno in the result: no window in which errno could be lost. */
 #include "pykvm.h"
 
 #include <errno.h>
@@ -6,7 +6,6 @@
 
 int64_t pykvm_ioctl(int fd, unsigned long request, void *arg)
 {
-	int result = ioctl(fd, request, arg);
-
-	return result < 0 ? -errno : result;
+    int result = ioctl(fd, request, arg);
+    return result < 0 ? -(int64_t)errno : result;
 }
