@@ -59,6 +59,17 @@ def _parser() -> argparse.ArgumentParser:
         "--env", action="append", default=[], metavar="NAME=VALUE", help="set a variable inside"
     )
     parser.add_argument(
+        "--share",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="show this folder inside too, though it is below /tmp or /run, which are empty there",
+    )
+    parser.add_argument(
+        "--qemu", action="append", default=[], metavar="ARG", help="one more argument for QEMU"
+    )
+    parser.add_argument(
         "-v", "--verbose", action="store_true", help="show the kernel's console too"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
@@ -104,9 +115,10 @@ def _run(options: argparse.Namespace) -> int:
             kernel=kernel,
             initramfs=archive,
             cwd=CHECKOUT,
+            shared=options.share,
             environment=guest.guest_environment(dict(pairs)),
             timeout=options.timeout,
-            machine=guest.Machine(cpus=options.cpus, memory=options.memory),
+            machine=guest.Machine(options.cpus, options.memory, more=tuple(options.qemu)),
             output=_write,
             console=_write if options.verbose else lambda text: None,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import os
 import shlex
@@ -11,14 +12,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from .host import KernelImage, RigError
 
 #: The time from the command's end to QEMU's own, after which it is killed, in seconds.
-_POWEROFF_PATIENCE = 15.0
+POWEROFF_PATIENCE = 15.0
 _POLL = 0.05
 
 #: Folders that are fresh tmpfs inside; what is needed from below them is bound back.
@@ -31,10 +32,12 @@ STAGE2 = Path(__file__).with_name("stage2.sh")
 class Machine:
     """The emulated hardware."""
 
-    cpus: int = 2
+    # QEMU serves several emulated CPUs one after the other here, so more are not faster.
+    cpus: int = 1
     memory: str = "3G"
     # "max" has SVM and nested paging; five-level paging would only lengthen every emulated walk.
     cpu: str = "max,la57=off"
+    more: tuple[str, ...] = ()  # further arguments for QEMU
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,15 @@ class TimedOut(RigError):
     """The time limit was over before the command."""
 
 
-def _visible(path: Path) -> bool:
-    return path.is_absolute() and path.is_dir()
-
-
-def binds(folders: Sequence[Path]) -> list[str]:
-    """Which of ``folders`` a tmpfs would cover inside, outermost first, without repetition."""
+def binds(folders: Iterable[Path]) -> list[tuple[str, str]]:
+    """What of ``folders`` a tmpfs would cover inside: real path and the path it is known by."""
+    names = {name for folder in folders for name in (folder.absolute(), folder.resolve())}
     kept: list[Path] = []
-    for folder in sorted({folder.resolve() for folder in folders if _visible(folder)}):
-        covered = any(folder.is_relative_to(top) for top in _COVERED)
-        if covered and not any(folder.is_relative_to(outer) for outer in kept):
-            kept.append(folder)
-    return [str(folder) for folder in kept]
+    for name in sorted(names):  # an outer folder comes before what is in it
+        covered = any(name.is_relative_to(top) for top in _COVERED)
+        if covered and name.is_dir() and not any(name.is_relative_to(outer) for outer in kept):
+            kept.append(name)
+    return [(str(name.resolve()), str(name)) for name in kept]
 
 
 def guest_environment(extra: Mapping[str, str]) -> dict[str, str]:
@@ -97,19 +97,23 @@ def qemu_command(machine: Machine, kernel: KernelImage, initramfs: Path, run: Pa
     return [
         "qemu-system-x86_64",
         *("-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"),
-        *("-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", machine.cpu),
+        # One thread for all CPUs. KVM patches the kernel's code (jump labels) whenever the first VM
+        # comes or the last goes, and with a thread a CPU QEMU 7.2 now and then keeps a stale int3
+        # of such a patch: both CPUs then trap for ever. Python inside is not slower for it.
+        *("-machine", "q35", "-accel", "tcg,thread=single", "-cpu", machine.cpu),
         *("-smp", str(machine.cpus), "-m", machine.memory),
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(initramfs)),
         "-append",
         # No watchdog may take a slow emulated CPU for a stuck one; a panic ends QEMU.
         "console=ttyS0 quiet loglevel=4 panic=-1 nowatchdog mitigations=off no_timer_check "
-        "tsc=reliable random.trust_cpu=on",
+        "tsc=reliable random.trust_cpu=on rcupdate.rcu_expedited=1",
         *("-chardev", f"file,id=console,path={_qemu_value(run / 'console.log')}"),
         *("-serial", "chardev:console"),
         *("-fsdev", f"{share},id=host,path=/,readonly=on"),
         *("-device", "virtio-9p-pci,fsdev=host,mount_tag=host"),
         *("-fsdev", f"{share},id=run,path={_qemu_value(run)}"),
         *("-device", "virtio-9p-pci,fsdev=run,mount_tag=run"),
+        *machine.more,
     ]
 
 
@@ -123,6 +127,7 @@ class _Tail:
 
     def __init__(self, path: Path, sink: Callable[[str], None]) -> None:
         self._path, self._sink, self._offset = path, sink, 0
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
 
     def pump(self) -> None:
         try:
@@ -132,8 +137,8 @@ class _Tail:
         except FileNotFoundError:
             return
         self._offset += len(data)
-        if data:
-            self._sink(data.decode("utf-8", "replace"))
+        if text := self._decode(data):
+            self._sink(text)
 
 
 def last_lines(path: Path, count: int = 25) -> str:
@@ -163,21 +168,33 @@ def _process_group(command: list[str], log: Path) -> Iterator[subprocess.Popen[b
         process.wait()
 
 
-def _prepare(run: Path, command: Sequence[str], cwd: Path, environment: Mapping[str, str]) -> None:
+def _prepare(
+    run: Path,
+    command: Sequence[str],
+    cwd: Path,
+    shared: Sequence[Path],
+    environment: Mapping[str, str],
+) -> None:
+    """Lay out in ``run`` what the scripts inside look for."""
     (run / "results").mkdir()
     (run / "command.sh").write_text(_command_script(command, cwd, environment), encoding="utf-8")
     shutil.copy(STAGE2, run / "stage2.sh")
-    needed = binds([cwd, Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).parent])
-    (run / "binds").write_text("".join(f"{path}\n" for path in needed), encoding="utf-8")
+    python = (Path(sys.prefix), Path(sys.base_prefix), Path(sys.executable).parent)
+    lines = [f"{path}\n" for pair in binds((cwd, *python, *shared)) for path in pair]
+    (run / "binds").write_text("".join(lines), encoding="utf-8")
 
 
 def run_folder(cache: Path, keep: int = 8) -> Path:
-    """A new folder for one run; all but the newest few that were left before are removed."""
+    """A new folder for one run; what runs before the last few left is removed.
+
+    A run that is still going on is younger than a day, and left alone.
+    """
     runs = cache / "runs"
     runs.mkdir(parents=True, exist_ok=True)
-    finished = (old for old in runs.iterdir() if (old / "status").exists())
-    for old in sorted(finished, key=lambda path: path.stat().st_mtime)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    newest_first = sorted(runs.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    for old in newest_first[keep:]:
+        if (old / "status").exists() or old.stat().st_mtime < time.time() - 86400:
+            shutil.rmtree(old, ignore_errors=True)
     return Path(tempfile.mkdtemp(dir=runs, prefix=time.strftime("%Y%m%d-%H%M%S-")))
 
 
@@ -188,6 +205,7 @@ def boot(
     kernel: KernelImage,
     initramfs: Path,
     cwd: Path,
+    shared: Sequence[Path] = (),
     environment: Mapping[str, str],
     timeout: float,
     machine: Machine,
@@ -200,7 +218,7 @@ def boot(
         TimedOut: the guest was killed at the limit; what it printed so far was passed on.
         RigError: it did not boot, or ended without a status: with the console's last lines.
     """
-    _prepare(run, command, cwd, environment)
+    _prepare(run, command, cwd, shared, environment)
     tails = _Tail(run / "output.log", output), _Tail(run / "console.log", console)
     start = time.monotonic()
     booted = ended = 0.0
@@ -214,7 +232,7 @@ def boot(
                 ended = now
             for tail in tails:
                 tail.pump()
-            if ended and now > ended + _POWEROFF_PATIENCE:
+            if ended and now > ended + POWEROFF_PATIENCE:
                 break
             if not ended and now > start + timeout:
                 where = "while it ran the command" if booted else "before it had booted"

@@ -29,8 +29,9 @@ $b mkdir $new/run/rig
 $b mount -t 9p -o "rw,cache=none,$transport" run $new/run/rig || die "cannot mount the run folder"
 
 # What the runner needs of the folders that were just covered is laid back over them.
-while read -r path; do
-    $b mkdir -p "$new$path" && $b mount -o bind "/host$path" "$new$path" || die "cannot bind $path"
+while read -r source && read -r target; do
+    $b mkdir -p "$new$target" && $b mount -o bind "/host$source" "$new$target" ||
+        die "cannot bind $target"
 done <$new/run/rig/binds
 
 $b cp $b $new/run/busybox
