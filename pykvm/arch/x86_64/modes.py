@@ -152,9 +152,7 @@ def _check_addresses(done: Entry, tables: int) -> None:
         )
 
 
-def _segments(
-    done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool
-) -> Gdt:
+def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool) -> Gdt:
     """Write GDT and TSS, and load every segment register for the ring."""
     gdt = done.gdt = Gdt(tables + layout.GDT, long)
     for selector, segment in (
