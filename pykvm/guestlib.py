@@ -49,12 +49,14 @@ _SOURCES = (".S", ".s", ".asm")
 _COUNTER_PORT, _COUNTER_SCRATCH, _COUNTER_WINDOW = 0x510, 0x51C, 0xD0000000
 _BUILD_SECONDS = 60.0
 _CFLAGS = (
-    "-std=c11 -m64 -O2 -Wall -Wextra -Werror -ffreestanding -fno-pic -fno-stack-protector "
-    "-fno-asynchronous-unwind-tables -fcf-protection=none -mno-red-zone -mgeneral-regs-only"
-).split()
+    "-std=c11", "-m64", "-O2", "-Wall", "-Wextra", "-Werror", "-ffreestanding", "-fno-pic",
+    "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fcf-protection=none",
+    "-mno-red-zone", "-mgeneral-regs-only",
+)  # fmt: skip
 _LDFLAGS = (
-    "-nostdlib -static -no-pie -Wl,--build-id=none -Wl,-z,noexecstack -Wl,-z,max-page-size=4096"
-).split()
+    "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none", "-Wl,-z,noexecstack",
+    "-Wl,-z,max-page-size=4096",
+)  # fmt: skip
 
 
 class Guest:

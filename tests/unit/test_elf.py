@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import shutil
 import struct
 import subprocess
@@ -24,9 +25,9 @@ CODE = b"\x90" * 12 + b"\xf4"
 EHDR = {32: struct.Struct("<16sHHIIIIIHHHHHH"), 64: struct.Struct("<16sHHIQQQIHHHHHH")}
 PHDR = {32: struct.Struct("<IIIIIIII"), 64: struct.Struct("<IIQQQQQQ")}
 EHDR_FIELDS = (
-    "e_ident e_type e_machine e_version e_entry e_phoff e_shoff e_flags e_ehsize e_phentsize "
-    "e_phnum e_shentsize e_shnum e_shstrndx"
-).split()
+    "e_ident", "e_type", "e_machine", "e_version", "e_entry", "e_phoff", "e_shoff", "e_flags",
+    "e_ehsize", "e_phentsize", "e_phnum", "e_shentsize", "e_shnum", "e_shstrndx",
+)  # fmt: skip
 
 
 def program_header(bits: int, **fields: int) -> bytes:
@@ -275,7 +276,7 @@ def test_mutated_headers_load_inside_ram_without_overlap_or_raise_booterror(
         return
     assert any(s.gpa <= loaded.entry < s.end for s in loaded.segments)
     writes = sorted(mem.writes)
-    assert all(low[1] <= high[0] for low, high in zip(writes, writes[1:], strict=False))
+    assert all(low[1] <= high[0] for low, high in itertools.pairwise(writes))
     assert sum(end - start for start, end in writes) == sum(s.size for s in loaded.segments)
 
 
