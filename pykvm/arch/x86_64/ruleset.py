@@ -17,10 +17,9 @@ VENDORS = {
     "kvm": "KVM_SET_SREGS (EINVAL)",
     "vmx": "VM entry on Intel (KVM_EXIT_FAIL_ENTRY)",
     "svm": "VMRUN on AMD (KVM_EXIT_FAIL_ENTRY)",
-    "pvm": "KVM without hardware support, kvm-pvm (KVM_EXIT_SHUTDOWN or INTERNAL_ERROR)",
-    "cpu": "the processor: it ignores the value, or faults at first use",
+    "cpu": "the processor, which ignores the value or faults at first use",
 }
-"""Who may refuse a state, and how that shows. No back end enforces every rule of its vendor."""
+"""Who enforces a rule, and how that shows. No back end enforces every rule of its vendor."""
 
 
 class Finding:
@@ -32,7 +31,7 @@ class Finding:
         message: what is wrong, naming registers and values.
         remedy: what to change.
         clause: where the rule is written: Intel SDM, AMD APM, or the Linux source.
-        vendors: who may refuse it, keys of ``VENDORS``.
+        vendors: who enforces it, keys of ``VENDORS``.
     """
 
     __slots__ = ("clause", "message", "registers", "remedy", "rule", "vendors")
