@@ -122,9 +122,16 @@ def number(ioctl: str, value: int) -> str:
     return hex(value) if ioctl.endswith("_ADDR") else str(value)
 
 
-def snapshot(pointer: Any) -> bytes:
-    """The bytes that an ioctl's argument has now, the entries behind the structure included."""
-    return bytes(ffi.buffer(pointer, _size(pointer)))
+def snapshot(pointer: Any, most: int | None = None) -> bytes:
+    """The bytes that an ioctl's argument has now, the entries behind the structure included.
+
+    Args:
+        pointer: the argument.
+        most: bytes it had before the call, if that is over: a count that KVM has raised since
+            does not make it longer.
+    """
+    size = _size(pointer)
+    return bytes(ffi.buffer(pointer, size if most is None else min(size, most)))
 
 
 def _size(pointer: Any) -> int:
@@ -168,12 +175,12 @@ def argument(pointer: Any, raw: bytes, before: bytes | None = None) -> str:
     keep = ffi.new("char[]", raw)  # aligned, unlike bytes
     struct = ffi.cast(ffi.typeof(pointer), keep)
     if before is None:
-        return _struct(struct[0], ctype)
+        return _struct(struct[0], ctype, len(raw))
     old = ffi.new("char[]", before.ljust(len(raw), b"\0"))
-    return _struct(struct[0], ctype, ffi.cast(ffi.typeof(pointer), old)[0])
+    return _struct(struct[0], ctype, len(raw), ffi.cast(ffi.typeof(pointer), old)[0])
 
 
-def _struct(struct: Any, ctype: Any, old: Any = None) -> str:
+def _struct(struct: Any, ctype: Any, size: int, old: Any = None) -> str:
     tag = ctype.cname.removeprefix("struct ")
     if tag == "kvm_msr_entry":
         return f"[{struct.index:#x}]={struct.data:#x}"
@@ -184,31 +191,29 @@ def _struct(struct: Any, ctype: Any, old: Any = None) -> str:
     parts = []
     end = 0
     for name, field in ctype.fields:
+        kind = field.type
         if name.startswith(_PADDING) or field.offset < end:
             continue  # padding, or another member of the same unnamed union
-        end = field.offset + (0 if _is_open(field.type) else int(ffi.sizeof(field.type)))
-        if field.bitsize > 0:
-            end = field.offset
         value = getattr(struct, name)
-        if _is_open(field.type):
-            count = _count(struct, ctype)
-            if old is not None and _count(old, ctype) > count:
-                old = None
-            if count and (
-                old is None
-                or _raw(value, field.type, count) != _raw(getattr(old, name), field.type, count)
-            ):
-                parts.append(f"{name}={_array(value, field.type.item, count, tag, name)}")
+        before = None if old is None else getattr(old, name)
+        if _is_open(kind):
+            room = (size - field.offset) // int(ffi.sizeof(kind.item))
+            count = min(_count(struct, ctype), room)
+            same = before is not None and _raw(value, kind, count) == _raw(before, kind, count)
+            if count and not same:
+                parts.append(f"{name}={_array(value, kind.item, count, tag, name)}")
             continue
-        if old is not None and _same(value, getattr(old, name), field.type):
+        # Members of bits share their offset, and hide nothing.
+        end = field.offset + (0 if field.bitsize > 0 else int(ffi.sizeof(kind)))
+        if before is not None and _same(value, before, kind):
             continue
-        if field.type.kind == "union" and (tag, name) in _UNIONS:
+        if (tag, name) in _UNIONS:
             selector, members, other = _UNIONS[tag, name]
             member = members.get(getattr(struct, selector), other)
-            inner = dict(field.type.fields)[member].type
-            parts.append(f"{name}.{member}={_value(getattr(value, member), inner, tag, name)}")
+            kind, value = dict(kind.fields)[member].type, getattr(value, member)
+            parts.append(f"{name}.{member}={_value(value, kind, tag, name)}")
         else:
-            parts.append(f"{name}={_value(value, field.type, tag, name)}")
+            parts.append(f"{name}={_value(value, kind, tag, name)}")
     return "{" + ", ".join(parts) + "}"
 
 
@@ -236,7 +241,7 @@ def _same(value: Any, old: Any, ctype: Any) -> bool:
 def _value(value: Any, ctype: Any, tag: str, name: str) -> str:
     kind = ctype.kind
     if kind == "struct":
-        return _struct(value, ctype)
+        return _struct(value, ctype, int(ffi.sizeof(ctype)))
     if kind == "union":  # its first member stands for all
         member, field = ctype.fields[0]
         return _value(getattr(value, member), field.type, tag, name)

@@ -56,17 +56,28 @@ def read_cpuid(handle: Handle, name: str) -> list[Any]:
 
 def read_indices(handle: Handle, name: str) -> list[int]:
     """The MSR indices that a KVM_GET_MSR_*INDEX_LIST ioctl returns."""
-    count = 0
+    return _read_list(handle, name, "struct kvm_msr_list *", "nmsrs", "indices")
+
+
+def read_reg_list(handle: Handle) -> list[int]:
+    """The register ids that KVM_GET_REG_LIST returns."""
+    return _read_list(handle, "KVM_GET_REG_LIST", "struct kvm_reg_list *", "n", "reg")
+
+
+def _read_list(handle: Handle, ioctl: str, type: str, count: str, items: str) -> list[int]:
+    """A list of numbers: KVM says with E2BIG how many there are."""
+    room = 0
     while True:
-        listing = ffi.new("struct kvm_msr_list *", {"nmsrs": count, "indices": count})
+        listing = ffi.new(type, {count: room, items: room})
         try:
-            call(handle, name, listing)
+            call(handle, ioctl, listing)
         except KvmError as error:
-            if error.errno != errno.E2BIG or not count < listing.nmsrs <= MAX_LIST:
+            wanted = getattr(listing, count)
+            if error.errno != errno.E2BIG or not room < wanted <= MAX_LIST:
                 raise
-            count = listing.nmsrs
+            room = wanted
             continue
-        return ffi.unpack(listing.indices, listing.nmsrs) if listing.nmsrs else []
+        return [int(getattr(listing, items)[i]) for i in range(getattr(listing, count))]
 
 
 class MsrError(KvmError):

@@ -117,7 +117,7 @@ def _traced(handle: Handle, name: str, arg: Any) -> int:
     after = ""
     if before is not None:
         if result >= 0:
-            now = snapshot(arg)
+            now = snapshot(arg, len(before))
             if _only_answers(name):
                 text = argument(arg, now)
             else:

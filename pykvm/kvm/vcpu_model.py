@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pykvm._abi import ffi
 
-from .flex import new_cpuid2, pointer, read_cpuid, read_msrs, write_msrs
+from .flex import new_cpuid2, pointer, read_cpuid, read_msrs, read_reg_list, write_msrs
 from .ioctl import call, call_int
 from .vcpu_state import StateMixin
 
@@ -95,6 +95,14 @@ class ModelMixin(StateMixin):
         self.need("KVM_CAP_ONE_REG")
         buffer = ffi.new("uint64_t *", value)
         call(self, "KVM_SET_ONE_REG", _one_reg(id, buffer))
+
+    def get_reg_list(self) -> list[int]:
+        """KVM_GET_REG_LIST (api.rst 4.84): the ids :meth:`get_one_reg` takes, MSRs left out.
+
+        Needs KVM_CAP_ONE_REG (x86: Linux 6.18).
+        """
+        self.need("KVM_CAP_ONE_REG")
+        return read_reg_list(self)
 
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ (api.rst 4.56): the guest's TSC frequency in kHz.

@@ -169,9 +169,10 @@ def fake_vcpu(cap_default: int = 1) -> Iterator[tuple[FakeKernel, Kvm, Vm, Vcpu]
         yield kernel, kvm, vm, vcpu
 
 
-def put(address: int, data: bytes) -> None:
-    """Write bytes where an ioctl's structure points to, as the kernel would."""
+def put(address: int, data: bytes) -> int:
+    """Write bytes where an ioctl's structure points to, as the kernel would; an answer of 0."""
     ffi.memmove(ffi.cast("char *", address), data, len(data))
+    return 0
 
 
 def peek(address: int, size: int) -> bytes:

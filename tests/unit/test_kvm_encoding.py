@@ -8,7 +8,7 @@ has.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from struct import pack
 from typing import Any
 
@@ -178,6 +178,17 @@ STRUCTS: list[tuple[str, str, dict[str, Any], bytes]] = [
 ]
 
 
+def pointee(size: int) -> tuple[list[bytes], Callable[[Any], int]]:
+    """An answer that notes the bytes its argument's ``addr`` points to."""
+    seen: list[bytes] = []
+
+    def answer(arg: Any) -> int:
+        seen.append(peek(arg.addr, size))
+        return 0
+
+    return seen, answer
+
+
 def subject(fake: Fake, which: str) -> Any:
     return dict(zip(("kvm", "vm", "vcpu"), fake[1:], strict=True))[which]
 
@@ -308,11 +319,14 @@ def test_gsi_routes_have_the_kernels_layout(fake: Fake) -> None:
 
 
 def test_an_msr_filter_points_at_bitmaps_of_whole_words(fake: Fake) -> None:
-    bitmaps = []
+    bitmaps: list[bytes] = []
 
     def read(arg: Any) -> int:
         bitmaps.extend(
-            peek(int(ffi.cast("uintptr_t", arg.ranges[i].bitmap)), (arg.ranges[i].nmsrs + 63) // 64 * 8)
+            peek(
+                int(ffi.cast("uintptr_t", arg.ranges[i].bitmap)),
+                (arg.ranges[i].nmsrs + 63) // 64 * 8,
+            )
             for i in range(2)
         )
         return 0
@@ -407,7 +421,7 @@ def test_device_attributes_point_at_their_value(fake: Fake, which: str) -> None:
     device = vm.create_device(4)
     assert device is not None
     target: Any = {"kvm": kvm, "vm": vm, "vcpu": vcpu, "device": device}[which]
-    kernel.answers["KVM_GET_DEVICE_ATTR"] = lambda arg: put(arg.addr, pack("<Q", 0x1234)) or 0
+    kernel.answers["KVM_GET_DEVICE_ATTR"] = lambda arg: put(arg.addr, pack("<Q", 0x1234))
     assert target.get_device_attr(1, 2) == pack("<Q", 0x1234)
     assert target.get_device_attr(1, 2, size=4) == pack("<I", 0x1234)
     assert kernel.last.fd == target.fd
@@ -416,8 +430,7 @@ def test_device_attributes_point_at_their_value(fake: Fake, which: str) -> None:
     kernel.answers["KVM_HAS_DEVICE_ATTR"] = -6  # ENXIO
     assert not target.has_device_attr(3, 4)
     if which != "kvm":
-        seen = []
-        kernel.answers["KVM_SET_DEVICE_ATTR"] = lambda arg: seen.append(peek(arg.addr, 4)) or 0
+        seen, kernel.answers["KVM_SET_DEVICE_ATTR"] = pointee(4)
         target.set_device_attr(5, 6, b"\1\2\3\4")
         assert kernel.last.data is not None
         assert kernel.last.data[:16] == pack("<IIQ", 0, 5, 6)
@@ -436,12 +449,11 @@ def test_create_device_returns_a_device_or_only_tests_for_one(fake: Fake) -> Non
 
 def test_one_reg_points_at_its_value(fake: Fake) -> None:
     kernel, _, _, vcpu = fake
-    kernel.answers["KVM_GET_ONE_REG"] = lambda arg: put(arg.addr, pack("<Q", 77)) or 0
+    kernel.answers["KVM_GET_ONE_REG"] = lambda arg: put(arg.addr, pack("<Q", 77))
     assert vcpu.get_one_reg(0x2030_0002_C000_0080) == 77
     assert kernel.last.data is not None
     assert kernel.last.data[:8] == pack("<Q", 0x2030_0002_C000_0080)
-    seen = []
-    kernel.answers["KVM_SET_ONE_REG"] = lambda arg: seen.append(peek(arg.addr, 8)) or 0
+    seen, kernel.answers["KVM_SET_ONE_REG"] = pointee(8)
     vcpu.set_one_reg(0x2030_0002_C000_0080, 99)
     assert seen == [pack("<Q", 99)]
 

@@ -66,6 +66,7 @@ GATES: dict[tuple[str, str], tuple[tuple[Any, ...], str]] = {
     ("vcpu", "set_cpuid2"): (([],), "KVM_CAP_EXT_CPUID"),
     ("vcpu", "get_supported_hv_cpuid"): ((), "KVM_CAP_HYPERV_CPUID"),
     ("vcpu", "get_one_reg"): ((0,), "KVM_CAP_ONE_REG"),
+    ("vcpu", "get_reg_list"): ((), "KVM_CAP_ONE_REG"),
     ("vcpu", "set_one_reg"): ((0, 0), "KVM_CAP_ONE_REG"),
     ("vcpu", "get_tsc_khz"): ((), "KVM_CAP_GET_TSC_KHZ"),
     ("vcpu", "set_tsc_khz"): ((1,), "KVM_CAP_GET_TSC_KHZ"),
@@ -168,7 +169,7 @@ def test_the_hot_path_asks_for_no_capability() -> None:
 
 
 def test_a_capability_is_asked_for_once_and_shared_by_the_vms_of_one_type() -> None:
-    with fake_vcpu() as (kernel, kvm, vm, vcpu):
+    with fake_vcpu() as (kernel, kvm, _, vcpu):
         kernel.probed.clear()
         vcpu.get_debugregs()
         vcpu.get_debugregs()
