@@ -10,9 +10,11 @@ the function ``pykvm.asm`` is.
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from pykvm.boot import elf
 from pykvm.errors import AsmError
@@ -60,8 +62,6 @@ _PREPROCESSOR = re.compile(
     r"^[ \t]*#(?:include\s*[<\"]|define\s+\w|if(?:def|ndef)?\s)", re.MULTILINE
 )
 
-_cache: dict[tuple[object, ...], Code] = {}
-
 
 class Code(bytes):
     """Machine code, linked for one address. It is bytes, and remembers how it was built.
@@ -89,11 +89,19 @@ class Code(bytes):
         self = super().__new__(cls, data)
         self.mode = mode
         self.at = at
-        self.symbols = dict(symbols or {})
+        self.symbols = MappingProxyType(dict(symbols or {}))  # one object serves all callers
         return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _code, (bytes(self), self.mode, self.at, dict(self.symbols))
 
     def __repr__(self) -> str:
         return f"<Code {self.mode} at={self.at:#x} {len(self)} bytes: {self[:16].hex(' ')}>"
+
+
+def _code(data: bytes, mode: str, at: int, symbols: dict[str, int]) -> Code:
+    """Make a pickled one again."""
+    return Code(data, mode=mode, at=at, symbols=symbols)
 
 
 def asm(
@@ -132,16 +140,10 @@ def asm(
             "the source uses C preprocessor directives, which the assembler takes for comments: "
             "use .include, .equ, .if and .macro"
         )
-    constants = dict(symbols or {})
-    key = (text, mode, at, syntax, tuple(sorted(constants.items())))
-    if include is None and key in _cache:
-        return _cache[key]
-    code = _build(text, mode, at, syntax, constants, include)
-    if include is None:
-        while len(_cache) >= _CACHED:
-            _cache.pop(next(iter(_cache)), None)
-        _cache[key] = code
-    return code
+    constants = tuple(sorted((symbols or {}).items()))
+    if include is not None:
+        return _build(text, mode, at, syntax, constants, os.fspath(include))
+    return _build_once(text, mode, at, syntax, constants)
 
 
 def asm_file(
@@ -167,8 +169,8 @@ def _build(
     mode: str,
     at: int,
     syntax: str,
-    constants: Mapping[str, int],
-    include: str | os.PathLike[str] | None,
+    constants: tuple[tuple[str, int], ...],
+    include: str | None = None,
 ) -> Code:
     """Run the assembler and the linker on memfds: nothing to clean up, whatever happens."""
     source = text.replace("\r\n", "\n")
@@ -178,10 +180,10 @@ def _build(
             fds.append(os.memfd_create(f"pykvm-asm-{name}", os.MFD_CLOEXEC))
         obj, script, image = (f"/proc/self/fd/{fd}" for fd in fds)
         command = ["as", "--64", "--fatal-warnings", *_SYNTAX[syntax], "-o", obj]
-        for name, value in constants.items():
+        for name, value in constants:
             command += ["--defsym", f"{name}={value:#x}"]
         if include is not None:
-            command += ["-I", os.fspath(include)]
+            command += ["-I", include]
         # The directive shares the first line, so that the assembler counts lines as the caller.
         errors = _run([*command, "-"], fds, f"{_DIRECTIVE[mode]}; {source}\n")
         if errors is not None:
@@ -197,6 +199,10 @@ def _build(
             os.close(fd)
     linked, names = elf.flatten(data)
     return Code(linked, mode=mode, at=at, symbols=names)
+
+
+# In memory only: a process that assembles pays 20 ms for its first, and one that minds has bytes.
+_build_once = functools.lru_cache(maxsize=_CACHED)(_build)
 
 
 def _run(command: list[str], fds: list[int], text: str | None = None) -> str | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ from pykvm.errors import AsmError
 
 
 @pytest.fixture(autouse=True)
-def _empty_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembler, "_cache", {})
+def _empty_cache() -> None:
+    assembler._build_once.cache_clear()
 
 
 def test_the_package_offers_the_function_also_after_the_module_was_imported() -> None:
@@ -101,6 +103,13 @@ def test_code_is_bytes_and_says_what_it_is() -> None:
     code = asm("nop; hlt", "prot32", at=0x7C00)
     assert isinstance(code, bytes) and code + b"!" == b"\x90\xf4!"
     assert repr(code) == "<Code prot32 at=0x7c00 2 bytes: 90 f4>"
+
+
+def test_code_can_be_pickled_for_another_process_and_copied() -> None:
+    code = asm("nop; here: hlt", "prot32", at=0x7C00)
+    for again in (pickle.loads(pickle.dumps(code)), copy.deepcopy(code)):
+        assert again == code and again.symbols == {"here": 0x7C01}
+        assert (again.mode, again.at) == ("prot32", 0x7C00)
 
 
 # -- what is refused -----------------------------------------------------------------------------
@@ -202,11 +211,21 @@ def test_the_same_source_is_built_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(runs) == 8
 
 
-def test_the_cache_does_not_grow_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(assembler, "_CACHED", 2)
-    for n in range(4):
-        asm(f".byte {n}")
-    assert len(assembler._cache) == 2
+def test_the_cache_has_a_limit() -> None:
+    assert assembler._build_once.cache_info().maxsize == assembler._CACHED
+
+
+def test_a_failure_is_not_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with monkeypatch.context() as without_binutils:
+        without_binutils.setenv("PATH", str(tmp_path))
+        with pytest.raises(AsmError):
+            asm("nop")
+    assert asm("nop") == b"\x90"
+
+
+def test_code_cannot_be_changed_under_the_cache() -> None:
+    with pytest.raises(TypeError):
+        asm("here: nop").symbols["here"] = 1  # type: ignore[index]
 
 
 def test_files_and_descriptors_are_gone_after_success_and_failure(
