@@ -24,7 +24,8 @@ def _fds() -> Counter[str]:
             target = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:  # the descriptor of the listing itself
             continue
-        found[target.split(":[")[0]] += 1
+        kind, _, rest = target.partition(":[")  # socket:[4711], but anon_inode:[eventfd]
+        found[kind if rest.rstrip("]").isdigit() else target] += 1
     return found
 
 
@@ -81,7 +82,7 @@ class Holdings:
         return {f"{kind} {name}": n for kind, more in kinds for name, n in sorted(more.items())}
 
 
-def assert_nothing_left(before: Holdings, patience: float = 2.0) -> None:
+def assert_nothing_left(before: Holdings, patience: float = 0.5) -> None:
     """Fail with a list of what is still held that was not held before.
 
     A joined thread's entry under /proc may outlive ``pthread_join`` by a moment, hence the
