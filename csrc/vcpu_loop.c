@@ -4,16 +4,16 @@
 #include <errno.h>
 #include <sys/ioctl.h>
 
-/* What KVM_CAP_SYNC_REGS does on entry and exit, for a KVM that lacks it. */
-static int write_back(struct pykvm_vcpu *vcpu)
+/* Have KVM take over the registers that were changed in the run page. */
+static int write_back(struct pykvm_vcpu *vcpu, uint64_t which)
 {
     struct kvm_run *run = vcpu->run;
-    if (run->kvm_dirty_regs & KVM_SYNC_X86_REGS) {
+    if (run->kvm_dirty_regs & which & KVM_SYNC_X86_REGS) {
         if (ioctl(vcpu->fd, KVM_SET_REGS, &run->s.regs.regs) < 0)
             return -errno;
         run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_REGS;
     }
-    if (run->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
+    if (run->kvm_dirty_regs & which & KVM_SYNC_X86_SREGS) {
         if (ioctl(vcpu->fd, KVM_SET_SREGS, &run->s.regs.sregs) < 0)
             return -errno;
         run->kvm_dirty_regs &= ~(uint64_t)KVM_SYNC_X86_SREGS;
@@ -31,14 +31,12 @@ static int fetch(struct pykvm_vcpu *vcpu, uint64_t wanted)
     return 0;
 }
 
-int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu)
+/* For a KVM that lacks KVM_CAP_SYNC_REGS: what it would do on exit, by ioctls. */
+static int enter_without_sync(struct pykvm_vcpu *vcpu)
 {
-    if (vcpu->sync_regs)
-        return ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
-
     struct kvm_run *run = vcpu->run;
     uint64_t wanted = run->kvm_valid_regs;
-    int error = run->kvm_dirty_regs ? write_back(vcpu) : 0;
+    int error = write_back(vcpu, KVM_SYNC_X86_REGS);
     if (error)
         return error;
     run->kvm_valid_regs = 0; /* KVM_RUN refuses bits that it does not know */
@@ -46,6 +44,20 @@ int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu)
     run->kvm_valid_regs = wanted;
     int fetched = wanted ? fetch(vcpu, wanted) : 0;
     return error ? error : fetched;
+}
+
+int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu)
+{
+    /* KVM_RUN takes SREGS over as well, but puts the old ones over those that it refuses: nobody
+       could say what was wrong with them. */
+    if (vcpu->run->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
+        int error = write_back(vcpu, KVM_SYNC_X86_SREGS);
+        if (error)
+            return error;
+    }
+    if (!vcpu->sync_regs)
+        return enter_without_sync(vcpu);
+    return ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
 }
 
 static void take_pio(struct pykvm_vcpu *vcpu)

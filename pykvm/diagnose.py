@@ -35,7 +35,7 @@ def explain(cpu: Cpu, reason: str, exit: Any) -> VcpuExitError:
     from pykvm.arch.x86_64 import explain as arch
 
     if reason == reasons.FAILED_ENTRY and exit is None:
-        return refused(cpu, "KVM_RUN")
+        return refused(cpu, "KVM_SET_SREGS")
     sregs, context = cpu.load_sregs(), _context(cpu)
     if reason == reasons.FAILED_ENTRY:
         text = arch.explain_fail_entry(exit.hardware_entry_failure_reason, sregs=sregs, **context)

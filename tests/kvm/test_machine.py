@@ -324,8 +324,20 @@ def test_a_state_that_kvm_refuses_is_a_failed_entry_with_its_finding(m: pykvm.Ma
     assert any("pg" in finding.rule.lower() for finding in m.cpu.check())
     result = run(m)
     assert result.reason == reasons.FAILED_ENTRY
-    with pytest.raises(pykvm.VcpuExitError, match=r"CR0"):
+    with pytest.raises(pykvm.VcpuExitError, match=r"CR0\.PG"):
         result.check()
+
+
+def test_a_state_that_a_handler_breaks_is_explained_as_well(m: pykvm.Machine) -> None:
+    start(m, "out 0x10,al; hlt")
+
+    @m.on_pio(0x10)
+    def _(exit: PioAccess) -> None:
+        m.cpu.efer = 0x500 & ~0x400  # LMA taken away from a vCPU that pages
+
+    result = run(m)
+    assert result.reason == reasons.FAILED_ENTRY
+    assert "LMA" in str(result.error).split("RAX")[0]
 
 
 def test_a_refused_flush_raises_with_the_explanation(m: pykvm.Machine) -> None:
