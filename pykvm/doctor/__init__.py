@@ -9,11 +9,10 @@
 
 Opening the device and running guests decide; processor flags and module names only explain.
 
-``Report.to_dict()`` is what ``pykvm doctor --json`` prints. Its schema, to which later versions
-only add::
+``Report.to_dict()`` is what ``pykvm doctor --json`` prints, which adds ``pykvm``, its version. The
+schema, to which later versions only add::
 
     schema        1
-    pykvm         version of this package
     device        path of the KVM device
     usable        true if a guest ran
     problem       null, or {code, what, evidence: [text], remedies: [text]}; the codes are those of
@@ -54,7 +53,17 @@ if TYPE_CHECKING:
 
     T = TypeVar("T")
 
-__all__ = ["Backend", "Capability", "Problem", "Report", "Ring0", "Timing", "backend", "examine"]
+__all__ = [
+    "Backend",
+    "Capability",
+    "Problem",
+    "Report",
+    "Ring0",
+    "Timing",
+    "backend",
+    "diagnose",
+    "examine",
+]
 
 SCHEMA = 1
 
@@ -150,8 +159,6 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data for JSON; the schema stands in :mod:`pykvm.doctor`."""
-        from pykvm import __version__
-
         present, missing = {}, {}
         for cap in self.capabilities:
             if cap.value:
@@ -161,7 +168,6 @@ class Report:
         boots, why = self.linux
         return {
             "schema": SCHEMA,
-            "pykvm": __version__,
             "device": self.device,
             "usable": self.usable,
             "problem": asdict(self.problem) if self.problem else None,

@@ -1,0 +1,8 @@
+"""``python -m pykvm``: the command line."""
+
+from __future__ import annotations
+
+from pykvm.cli.main import main
+
+if __name__ == "__main__":
+    main()

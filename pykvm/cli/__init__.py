@@ -1,0 +1,1 @@
+"""The command line, ``pykvm``. Nothing else may import it; click and rich are loaded only here."""

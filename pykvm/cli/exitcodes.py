@@ -1,0 +1,76 @@
+"""The exit codes of the command line: which reason gives which.
+
+Three ranges that never meet: what pykvm has to say about itself or about the run is below 200, as
+are the codes that shells and timeout(1) give a meaning to; the guest's own codes are above.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pykvm import result as reasons
+
+if TYPE_CHECKING:
+    from pykvm.result import RunResult
+
+OK = 0
+ERROR = 1
+USAGE = 2
+SHUTDOWN = 3
+FAILED_ENTRY = 4
+INTERNAL_ERROR = 5
+LIMIT = 6
+UNCLAIMED = 7
+OTHER_EXIT = 8
+TIMEOUT = 124
+INTERRUPTED = 130
+BROKEN_PIPE = 141
+GUEST = 200
+GUEST_LARGE = 255
+
+TABLE: tuple[tuple[str, str], ...] = (
+    (f"{OK}", "halted, stopped, or debug-exit with 0"),
+    (f"{ERROR}", "pykvm could not do it: no KVM, no such guest, a malformed image, …"),
+    (f"{USAGE}", "wrong usage of the command line"),
+    (f"{SHUTDOWN}", "shutdown: a triple fault"),
+    (f"{FAILED_ENTRY}", "failed-entry: the processor or KVM refused the guest's state"),
+    (f"{INTERNAL_ERROR}", "internal-error: KVM could not emulate an instruction, or the like"),
+    (f"{LIMIT}", "limit: as many exits as --max-exits allows"),
+    (f"{UNCLAIMED}", "unclaimed: a port or an address that nothing answers"),
+    (f"{OTHER_EXIT}", "exit: another exit of KVM that nothing handles"),
+    (f"{TIMEOUT}", "timeout, as of timeout(1)"),
+    (f"{INTERRUPTED}", "interrupted by Ctrl-C (128 + SIGINT)"),
+    (f"{BROKEN_PIPE}", "who read the output has left (128 + SIGPIPE)"),
+    (
+        f"{GUEST + 1}-{GUEST_LARGE - 1}",
+        f"debug-exit with 1-{GUEST_LARGE - 1 - GUEST}, plus {GUEST}",
+    ),
+    (f"{GUEST_LARGE}", f"debug-exit with {GUEST_LARGE - GUEST} or more"),
+)
+"""Exit code (or range of them) and what it says, for ``--help`` and the documentation."""
+
+_BY_REASON = {
+    reasons.HALTED: OK,
+    reasons.STOPPED: OK,
+    reasons.SHUTDOWN: SHUTDOWN,
+    reasons.FAILED_ENTRY: FAILED_ENTRY,
+    reasons.INTERNAL_ERROR: INTERNAL_ERROR,
+    reasons.LIMIT: LIMIT,
+    reasons.UNCLAIMED: UNCLAIMED,
+    reasons.OTHER_EXIT: OTHER_EXIT,
+    reasons.TIMEOUT: TIMEOUT,
+    reasons.INTERRUPTED: INTERRUPTED,
+}
+
+
+def exit_code(result: RunResult) -> int:
+    """The exit code that tells how a run ended."""
+    if result.reason == reasons.DEBUG_EXIT:
+        code = result.code or 0
+        return min(GUEST + code, GUEST_LARGE) if code else OK
+    return _BY_REASON[result.reason]
+
+
+def table() -> str:
+    """The table as lines of text."""
+    return "\n".join(f"{code:>7}  {meaning}" for code, meaning in TABLE)

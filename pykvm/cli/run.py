@@ -1,0 +1,321 @@
+"""``pykvm run``: run a guest, its console on standard output, its end in the exit code."""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import sys
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import click
+
+from pykvm import result as reasons
+from pykvm.errors import AsmError, BootError, CapabilityError, PykvmError, VcpuExitError
+
+from . import exitcodes
+from .common import Count, Seconds, Size, debug_option, device_option, json_option, write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from pykvm.guestlib import Guest
+    from pykvm.machine import Machine
+    from pykvm.result import RunResult
+
+_STDERR = ""
+"""The value of --ioctls without a file."""
+
+
+class RunCommand(click.Command):
+    """A command whose ``--ioctls`` takes its value only with ``=``, as GNU tools have it.
+
+    Click itself would take the next word for the value: ``run --ioctls hello`` would lose the name
+    of the guest.
+    """
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Make the missing value explicit, up to a ``--``."""
+        end = args.index("--") if "--" in args else len(args)
+        args = [
+            f"{arg}={_STDERR}" if arg == "--ioctls" and at < end else arg
+            for at, arg in enumerate(args)
+        ]
+        return super().parse_args(ctx, args)
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Print the table of exit codes."""
+        with formatter.section("Exit codes"):
+            formatter.write_dl(exitcodes.TABLE, col_max=12)
+
+
+def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
+    """What the shell offers for NAME|FILE: the guests' names, and files."""
+    from click.shell_completion import CompletionItem
+
+    from pykvm import guestlib
+
+    found = [guestlib.find(name) for name in guestlib.names() if name.startswith(incomplete)]
+    return [
+        *(CompletionItem(guest.name, help=guest.summary) for guest in found),
+        CompletionItem(incomplete, type="file"),
+    ]
+
+
+@click.command(cls=RunCommand)
+@click.argument("guest", metavar="NAME|FILE", shell_complete=_complete)
+@click.option(
+    "--mode",
+    type=click.Choice(["real16", "prot32", "long64"]),
+    help="The processor's mode to start in. [default: long64; an ELF file says its own]",
+)
+@click.option(
+    "--at",
+    type=Size(),
+    metavar="GPA",
+    help="Where to load a flat image. [default: 0x7c00 in real16, else 0x8000]",
+)
+@click.option("--memory", type=Size(), metavar="SIZE", help="RAM, from address 0 on. [default: 2M]")
+@click.option("--cpus", type=Count(1), metavar="N", help="Virtual processors. [default: 1]")
+@click.option(
+    "--ring",
+    type=click.Choice(["0", "3"]),
+    help="The privilege level to start in. [default: 0]",
+)
+@click.option(
+    "--iopl",
+    type=click.Choice(["0", "1", "2", "3"]),
+    help="The I/O privilege level; 3 lets ring 3 use ports. [default: that of --ring]",
+)
+@click.option(
+    "--timeout", type=Seconds(), metavar="S", help="Seconds to run, or none. [default: 5]"
+)
+@click.option(
+    "--max-exits", type=Count(0), metavar="N", help="Exits each processor may make. [default: any]"
+)
+@click.option(
+    "--ioctls",
+    metavar="[=FILE]",
+    help="Print every ioctl, as strace would, on standard error or into FILE.",
+)
+@device_option
+@json_option
+@debug_option
+def run(
+    guest: str,
+    mode: str | None,
+    at: int | None,
+    memory: int | None,
+    cpus: int | None,
+    ring: str | None,
+    iopl: str | None,
+    timeout: float | None,
+    max_exits: int | None,
+    ioctls: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Run a guest: one that comes with pykvm, or a file.
+
+    A file is an ELF executable, an assembler source (.S, .s, .asm; Intel syntax), or else a flat
+    binary. A name wins over a file: write ./hello for a file of that name. The defaults below are
+    those of a file; a guest that comes with pykvm has its own.
+
+    What the guest writes to port 0xe9 comes on standard output as it is. It ends by HLT, or by
+    writing its exit code to port 0xf4. A line on standard error says how it ended. With --json
+    the output is in the JSON, as UTF-8 with surrogate escapes for what is none.
+
+    Numbers may be decimal or with 0x; sizes and addresses also with K, M, G.
+    """
+    from pykvm import guestlib
+
+    found = guestlib.resolve(
+        guest,
+        mode=mode,
+        at=at,
+        memory=None if memory is None else str(memory),
+        timeout=timeout,
+    )
+    if at is not None and _is_elf(found):
+        raise click.UsageError("--at is for flat images: an ELF file says where it goes")
+    if cpus is not None:
+        found.cpus = cpus
+    if ring is not None:
+        found.ring = found.iopl = int(ring)
+    if iopl is not None:
+        found.iopl = int(iopl)
+    with nullcontext() if ioctls is None else _trace(ioctls):
+        result, console = _run(found, max_exits, device, captured=as_json)
+    if as_json:
+        write_json(_describe(found, result, console))
+    else:
+        _close_line(console)
+        click.echo(_summary(found, result), err=True)
+    raise click.exceptions.Exit(exitcodes.exit_code(result))
+
+
+def _is_elf(guest: Guest) -> bool:
+    from pykvm.boot import elf
+
+    with open(guest.image, "rb") as file:
+        return elf.is_elf(file.read(4))
+
+
+@contextmanager
+def _trace(file: str) -> Iterator[None]:
+    """Trace every ioctl into a file, or on standard error."""
+    from pykvm import kvm
+
+    with nullcontext(sys.stderr) if file == _STDERR else open(file, "w") as sink, kvm.trace(sink):
+        yield
+
+
+def _run(
+    guest: Guest, max_exits: int | None, device: str, *, captured: bool
+) -> tuple[RunResult, bytes]:
+    """Run a guest on a machine of its own.
+
+    Returns:
+        How it ended, and what it printed: all if ``captured``, else the last item.
+    """
+    from pykvm.guestlib import CONSOLE_PORT, EXIT_PORT
+
+    with _machine(guest, device) as m:
+        finish = m.pio.fifo(CONSOLE_PORT).read if captured else _connect(m, CONSOLE_PORT)
+        m.debug_exit(EXIT_PORT)
+        with _usage():
+            try:
+                guest.prepare(m)
+            except (AsmError, BootError) as error:
+                raise type(error)(f"{guest.name}: {error}") from error
+        result = m.run(guest.timeout, max_exits=max_exits)
+        return result, finish()
+
+
+@contextmanager
+def _usage() -> Iterator[None]:
+    """A value that the library refuses came from the command line: tell it as wrong usage."""
+    try:
+        yield
+    except PykvmError:
+        raise
+    except ValueError as error:
+        raise click.UsageError(str(error)) from error
+
+
+def _machine(guest: Guest, device: str) -> Machine:
+    from pykvm.machine import Machine
+
+    try:
+        with _usage():
+            return Machine(guest.memory, cpus=guest.cpus, irqchip=guest.irqchip, path=device)
+    except CapabilityError as error:
+        if error.capability:
+            raise
+        from pykvm.doctor import diagnose  # it knows better what to do
+
+        problem = diagnose(device)
+        if problem is None:
+            raise
+        lines = [problem.what, *(f"  - {remedy}" for remedy in problem.remedies)]
+        raise CapabilityError("\n".join(lines)) from error
+
+
+def _connect(m: Machine, port: int) -> Callable[[], bytes]:
+    """Pass what is written to a port on to standard output, at once and as it is.
+
+    Returns:
+        A function that gives the item that came last, or b"".
+    """
+    if sys.stdout is None:  # it was closed when we started
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
+    fd = sys.stdout.fileno()
+    last = b""
+
+    def console(access: Any) -> None:
+        nonlocal last
+        if access.is_write:
+            last = access.data
+            _write(fd, last)
+
+    m.on_pio(port, console)
+    return lambda: last
+
+
+def _write(fd: int, data: bytes) -> None:
+    """Write all of it, also where somebody has made the descriptor non-blocking."""
+    while data:
+        try:
+            data = data[os.write(fd, data) :]
+        except BlockingIOError:
+            select.select([], [fd], [])
+
+
+# ---- telling how it ended ----------------------------------------------------------------------
+
+
+def _close_line(console: bytes) -> None:
+    """On a terminal, keep the closing line apart from a last line that has no end."""
+    if console and not console.endswith(b"\n") and sys.stdout.isatty() and sys.stderr.isatty():
+        click.echo(err=True)
+
+
+def _summary(guest: Guest, result: RunResult) -> str:
+    """A line that says why the run ended, exits and time; below it what explains a failure."""
+    return "\n".join([_headline(guest, result), *_details(result)])
+
+
+def _headline(guest: Guest, result: RunResult) -> str:
+    text = f"pykvm: {guest.name}: {result.reason}"
+    if result.code is not None:
+        text += f" {result.code}"
+    if result.exit is not None and result.reason in (reasons.UNCLAIMED, reasons.OTHER_EXIT):
+        text += f" {result.exit!r}"
+    if guest.cpus > 1:
+        text += f" on cpu {result.cpu}"
+    text += f" after {result.exits} exit{'s' * (result.exits != 1)}, {_time(result.seconds)}"
+    as_expected = (result.reason, result.code) == (guest.expected_reason, guest.expected_code)
+    if as_expected and not result.ok:
+        text += ", as it should"
+    return text
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
+def _details(result: RunResult) -> Iterator[str]:
+    yield from (f"  {cpu!r}" for cpu in result.cpus)
+    if isinstance(result.error, VcpuExitError):
+        yield str(result.error)
+    elif result.error is not None:  # the result in words, and below it perhaps a remedy
+        hint = str(result.error).removeprefix(str(result)).strip()
+        if hint:
+            yield f"  {hint}"
+
+
+def _describe(guest: Guest, result: RunResult, console: bytes) -> dict[str, Any]:
+    return {
+        "guest": guest.name,
+        "reason": result.reason,
+        "code": result.code,
+        "exit_code": exitcodes.exit_code(result),
+        "exits": result.exits,
+        "seconds": result.seconds,
+        "cpu": result.cpu,
+        "exit": None if result.exit is None else repr(result.exit),
+        "cpus": [
+            {
+                "index": cpu.index,
+                "rip": cpu.rip,
+                "code": cpu.code.hex(),
+                "halted": cpu.halted,
+                "interrupts": cpu.interrupts,
+            }
+            for cpu in result.cpus
+        ],
+        "error": None if result.error is None else str(result.error),
+        "console": console.decode("utf-8", "surrogateescape"),
+    }
