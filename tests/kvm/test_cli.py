@@ -194,8 +194,8 @@ def test_a_triple_fault_comes_with_its_explanation(
     pykvm: Pykvm, flat: Callable[[bytes], str]
 ) -> None:
     stderr = pykvm("run", flat(b"\x0f\x0b")).stderr.decode()
-    assert "0f 0b" in stderr  # the code at RIP
-    assert len(stderr.splitlines()) > 3
+    assert "triple-faulted" in stderr
+    assert "code at CS:RIP" in stderr  # where SVM has reset the vCPU by now, it is not the guest's
 
 
 # ---- options -----------------------------------------------------------------------------------

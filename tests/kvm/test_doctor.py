@@ -49,11 +49,8 @@ def test_every_cost_is_measured_and_its_median_lies_between(report: doctor.Repor
         assert 0 < timing.low <= timing.ns <= timing.high, timing
 
 
-def test_costs_are_in_the_order_of_nature(report: doctor.Report) -> None:
-    costs = report.costs
-    # Interrupt controllers take time to make, and an exit is far from a whole machine.
-    assert costs["machine_irqchip"].ns > costs["machine"].low
-    assert costs["machine"].ns > costs["pio_c"].low
+def test_an_exit_costs_less_than_a_machine(report: doctor.Report) -> None:
+    assert report.costs["pio_c"].low < report.costs["machine"].low
 
 
 def test_ring_3_runs_at_the_speed_of_the_processor_or_ring_0_is_no_slower(
