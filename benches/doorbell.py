@@ -1,7 +1,7 @@
 """What does a doorbell (ioeventfd) cost the guest, compared with a PIO exit to a raw C loop?
 
-The guest rings {BURST} times for one ordinary exit; the figure is for one write, that exit's share
-included.
+The guest rings ``guests.BURST`` times for one ordinary exit; the figure is for one write, that
+exit's share included.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 
 from benches import guests
-from benches.measure import BenchError, Goal, Result, compare, take_turns
+from benches.measure import BenchError, Goal, Result, Sampler, compare, take_turns
 from benches.reference import RawVm
 
 C_ONLY = True
@@ -30,9 +30,9 @@ def measure(pairs: int) -> Iterator[Result]:
                 if not claim.in_kernel:
                     raise BenchError("this KVM has no KVM_CAP_IOEVENTFD")
                 m.pio.ignore(guests.PORT)
-                ring = guests.sampler(m, ROUNDS)
+                rounds = guests.sampler(m, ROUNDS)
                 with RawVm(other) as raw:
-                    samplers = [lambda: ring() / WRITES, raw.sampler(ROUNDS * WRITES)]
+                    samplers = [_per_write(rounds), raw.sampler(ROUNDS * WRITES)]
                     ours, reference = take_turns(samplers, pairs)
             rung = os.eventfd_read(fd)
         finally:
@@ -47,3 +47,7 @@ def measure(pairs: int) -> Iterator[Result]:
             goal=Goal(0.30),
             note="reference: a PIO exit, served by a raw C loop",
         )
+
+
+def _per_write(rounds: Sampler) -> Sampler:
+    return lambda: rounds() / WRITES

@@ -86,11 +86,12 @@ class _Fake:
 
 def measure(pairs: int) -> Iterator[Result]:
     """C actions, then Python handlers that look at less and at more of the exit."""
-    for name, claim in (
-        ("ignore", lambda pio: pio.ignore(PORT)),
-        ("fifo", lambda pio: pio.fifo(PORT, sink=len)),
-        ("log", lambda pio: pio.log(PORT, sink=len)),
-    ):
+    claims: dict[str, Callable[[Bus], object]] = {
+        "ignore": lambda pio: pio.ignore(PORT),
+        "fifo": lambda pio: pio.fifo(PORT, sink=len),
+        "log": lambda pio: pio.log(PORT, sink=len),
+    }
+    for name, claim in claims.items():
         fake = _Fake()
         claim(fake.pio)
         goal = Goal(50, OF_OURS) if name != "log" else None
@@ -114,8 +115,6 @@ def measure(pairs: int) -> Iterator[Result]:
         raise BenchError(f"the handler saw {seen[0]}")
 
 
-def _one(
-    name: str, fake: _Fake, exits: int, pairs: int, goal: Goal | None, note: str
-) -> Result:
+def _one(name: str, fake: _Fake, exits: int, pairs: int, goal: Goal | None, note: str) -> Result:
     samplers = [fake.ours(exits), _Fake().least(C_EXITS)]
     return compare(name, "ns/exit", *take_turns(samplers, pairs), goal=goal, note=note)

@@ -76,6 +76,28 @@ static void raw_close(struct raw *raw)
         munmap(raw->memory, raw->memory_size + ALIGNMENT);
 }
 
+/* Read, changed, and handed over with the next KVM_RUN where KVM can do that. */
+static int raw_set_registers(struct raw *raw, const struct raw_guest *guest)
+{
+    struct kvm_sync_regs *sync = &raw->run->s.regs;
+    if (ioctl(raw->vcpu, KVM_GET_SREGS, &sync->sregs) < 0)
+        return -errno;
+    if (ioctl(raw->vcpu, KVM_GET_REGS, &sync->regs) < 0)
+        return -errno;
+    sync->sregs = *guest->sregs;
+    sync->regs = *guest->regs;
+    uint64_t both = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+    if ((ioctl(raw->kvm, KVM_CHECK_EXTENSION, KVM_CAP_SYNC_REGS) & both) == both) {
+        raw->run->kvm_dirty_regs = both;
+        return 0;
+    }
+    if (ioctl(raw->vcpu, KVM_SET_SREGS, &sync->sregs) < 0)
+        return -errno;
+    if (ioctl(raw->vcpu, KVM_SET_REGS, &sync->regs) < 0)
+        return -errno;
+    return 0;
+}
+
 /* From nothing to a vCPU that is ready to run. 0 or -errno; raw_close() either way. */
 static int raw_open(struct raw *raw, const struct raw_guest *guest)
 {
@@ -114,35 +136,9 @@ static int raw_open(struct raw *raw, const struct raw_guest *guest)
     raw->run = mmap(NULL, raw->run_size, PROT_READ | PROT_WRITE, MAP_SHARED, raw->vcpu, 0);
     if (raw->run == MAP_FAILED)
         return -errno;
+    if (ioctl(raw->vm, KVM_CHECK_EXTENSION, KVM_CAP_EXT_CPUID) <= 0)
+        return -ENOTSUP;
     if (ioctl(raw->vcpu, KVM_SET_CPUID2, &cpuid) < 0)
         return -errno;
-    if (ioctl(raw->vcpu, KVM_SET_SREGS, guest->sregs) < 0)
-        return -errno;
-    if (ioctl(raw->vcpu, KVM_SET_REGS, guest->regs) < 0)
-        return -errno;
-    return 0;
-}
-
-/* The loop of every KVM tutorial, `exits` times: nanoseconds, or -errno (-ENOEXEC: another exit). */
-static int64_t raw_loop(struct raw *raw, uint64_t exits)
-{
-    struct kvm_run *run = raw->run;
-    int64_t start = now();
-    while (exits--) {
-        if (ioctl(raw->vcpu, KVM_RUN, 0) < 0)
-            return -errno;
-        switch (run->exit_reason) {
-        case KVM_EXIT_IO:
-            if (run->io.direction == KVM_EXIT_IO_OUT)
-                raw->sum += *((uint8_t *)run + run->io.data_offset);
-            break;
-        case KVM_EXIT_MMIO:
-            if (run->mmio.is_write)
-                raw->sum += run->mmio.data[0];
-            break;
-        default:
-            return -ENOEXEC;
-        }
-    }
-    return now() - start;
+    return raw_set_registers(raw, guest);
 }

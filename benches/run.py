@@ -46,7 +46,8 @@ def backend(sys_module: str = "/sys/module") -> str:
         modules = sorted(name for name in os.listdir(sys_module) if name.startswith("kvm_"))
     except OSError:
         modules = []
-    return f"{' '.join(modules) or 'no KVM module seen'}, Linux {platform.release()}"
+    names = " ".join(modules).replace("_", "-") or "no KVM module seen"
+    return f"{names}, Linux {platform.release()}"
 
 
 def _parser() -> argparse.ArgumentParser:
