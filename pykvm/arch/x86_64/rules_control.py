@@ -286,7 +286,7 @@ def _(s: State) -> Iterator[Hit]:
         yield "rflags cr0", "RFLAGS.VM=1 in real mode (CR0.PE=0)", "Clear RFLAGS.VM, or set CR0.PE"
 
 
-@rule("rip.upper-bits", "vmx", GUEST_RFLAGS)
+@rule("rip.upper-bits", "vmx cpu", GUEST_RFLAGS)
 def _(s: State) -> Iterator[Hit]:
     """Outside 64-bit code RIP has 32 bits."""
     if s.rip is not None and not s.code64 and s.rip >> 32:
@@ -297,7 +297,7 @@ def _(s: State) -> Iterator[Hit]:
         )  # fmt: skip
 
 
-@rule("rip.non-canonical", "vmx", GUEST_RFLAGS)
+@rule("rip.non-canonical", "vmx cpu", GUEST_RFLAGS)
 def _(s: State) -> Iterator[Hit]:
     """In 64-bit code RIP must be canonical."""
     if s.rip is not None and s.code64 and not canonical(s.rip, s.linear_bits):

@@ -48,7 +48,7 @@ def _(s: State) -> Iterator[Hit]:
         )  # fmt: skip
 
 
-@rule("cs.unusable", "vmx svm", f"{GUEST_SEGMENTS}; AMD APM Vol. 2 §4.5.1")
+@rule("cs.unusable", "vmx", GUEST_SEGMENTS)
 def _(s: State) -> Iterator[Hit]:
     """There is no running without a code segment."""
     if s.segments["cs"].unusable:
@@ -74,7 +74,7 @@ def _(s: State) -> Iterator[Hit]:
 def _(s: State) -> Iterator[Hit]:
     """A loaded code segment has its accessed bit set."""
     cs = s.segments["cs"]
-    if not s.v86 and 8 <= cs.type <= 15 and not cs.type & 1:
+    if s.descriptors and 8 <= cs.type <= 15 and not cs.type & 1:
         yield "cs", f"CS.type={cs.type} lacks the accessed bit", f"Use type {cs.type | 1}"
 
 
@@ -119,7 +119,7 @@ def _(s: State) -> Iterator[Hit]:
 def _(s: State) -> Iterator[Hit]:
     """In protected mode the selector of running code carries the privilege level."""
     cs = s.segments["cs"]
-    if s.pe and not s.v86 and 8 <= cs.type <= 11 and cs.dpl != cs.selector & 3:
+    if s.descriptors and 8 <= cs.type <= 11 and cs.dpl != cs.selector & 3:
         yield (
             "cs", f"CS.DPL={cs.dpl} but its selector {cs.selector:#x} has RPL {cs.selector & 3}",
             f"Use selector {cs.selector & ~3 | cs.dpl & 3:#x}, or another DPL",
@@ -130,7 +130,7 @@ def _(s: State) -> Iterator[Hit]:
 def _(s: State) -> Iterator[Hit]:
     """SS and CS carry the same privilege level."""
     cs, ss = s.segments["cs"], s.segments["ss"]
-    if s.pe and not s.v86 and (cs.selector ^ ss.selector) & 3:
+    if s.descriptors and (cs.selector ^ ss.selector) & 3:
         yield (
             "ss cs", f"SS selector {ss.selector:#x} and CS selector {cs.selector:#x} differ in RPL",
             "Give both the RPL of the ring to run in",
@@ -141,7 +141,7 @@ def _(s: State) -> Iterator[Hit]:
 def _(s: State) -> Iterator[Hit]:
     """The DPL of SS is the RPL of its selector."""
     ss = s.segments["ss"]
-    if s.pe and not s.v86 and ss.dpl != ss.selector & 3:
+    if s.descriptors and ss.dpl != ss.selector & 3:
         yield (
             "ss", f"SS.DPL={ss.dpl} but its selector {ss.selector:#x} has RPL {ss.selector & 3}",
             f"Use selector {ss.selector & ~3 | ss.dpl & 3:#x}, or another DPL",
@@ -160,7 +160,8 @@ def _(s: State) -> Iterator[Hit]:
 def _(s: State) -> Iterator[Hit]:
     """A stack is writable, accessed data."""
     ss = s.segments["ss"]
-    if not s.v86 and s.usable("ss") and ss.type not in (3, 7):
+    allowed = (3, 7) if s.descriptors else (2, 3, 6, 7)
+    if not s.v86 and s.usable("ss") and ss.type not in allowed:
         yield "ss", f"SS.type={ss.type} is no writable, accessed data segment", "Use type 3"
 
 
@@ -178,7 +179,7 @@ def _(s: State) -> Iterator[Hit]:
 def _(s: State) -> Iterator[Hit]:
     """A loaded segment has its accessed bit set."""
     for name, segment in s.loaded(*DATA):
-        if not s.v86 and not segment.type & 1:
+        if s.descriptors and not segment.type & 1:
             yield (
                 name, f"{name.upper()}.type={segment.type} lacks the accessed bit",
                 f"Use type {segment.type | 1}",
@@ -209,7 +210,7 @@ def _(s: State) -> Iterator[Hit]:
     """A data segment is not more privileged than the selector that loaded it."""
     for name, segment in s.loaded(*DATA):
         rpl = segment.selector & 3
-        if s.pe and not s.v86 and segment.type <= 11 and segment.dpl < rpl:
+        if s.descriptors and segment.type <= 11 and segment.dpl < rpl:
             yield (
                 name, f"{name.upper()}.DPL={segment.dpl} is below the RPL {rpl} of its selector "
                 f"{segment.selector:#x}",

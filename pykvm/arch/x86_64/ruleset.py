@@ -90,13 +90,17 @@ class State:
         cr0 … apic_base, rip, rflags: plain integers; rip and rflags None when not known.
         pe, pg, lme, lma: those bits. In the manual's words, ``lma`` is "IA-32e mode guest".
         code64: 64-bit code is running. real, v86: real mode, virtual-8086 mode.
+        descriptors: segment registers are loaded from descriptors: neither real mode nor
+            virtual-8086 mode. In real mode accessed bits and RPLs mean nothing, and KVM on AMD
+            leaves the former clear in its own reset state.
         segments: name → ``Segment``, for all eight; gdt, idt: (base, limit).
         linear_bits: 57 with CR4.LA57, else 48.
         phys_bits: width of physical addresses. features: CPUID features, or None if unknown.
     """
 
     __slots__ = (
-        "apic_base", "code64", "cr0", "cr3", "cr4", "cr8", "efer", "features", "linear_bits",
+        "apic_base", "code64", "cr0", "cr3", "cr4", "cr8", "descriptors", "efer", "features",
+        "linear_bits",
         "lma", "lme", "pe", "pending", "pg", "phys_bits", "real", "rflags", "rip", "segments",
         "tables", "v86",
     )  # fmt: skip
@@ -125,6 +129,7 @@ class State:
         self.code64 = self.lma and bool(self.segments["cs"].l)
         self.real = not self.pe
         self.v86 = self.pe and not self.lma and bool((self.rflags or 0) >> 17 & 1)
+        self.descriptors = self.pe and not self.v86
         self.linear_bits = 57 if self.cr4 >> 12 & 1 else 48
 
     @property
