@@ -11,7 +11,7 @@ from _thread import get_ident
 
 from pykvm import result as reasons
 from pykvm._abi import ffi, lib
-from pykvm.devices.access import SLOT_SHIFT, Access, MmioAccess, PioAccess, WideAccess
+from pykvm.devices.access import SLOT_SHIFT, VALUE, Access, MmioAccess, PioAccess, WideAccess
 from pykvm.devices.bus import ALL_ONES
 from pykvm.errors import BusyError, KvmError
 from pykvm.kvm import ioctl
@@ -142,6 +142,7 @@ class Runner:
             if word >= 0:
                 handler, kind, base = slots[word >> SLOT_SHIFT]
                 access = kind()
+                access.value = word & VALUE
                 access._word = word
                 access._base = base
                 if lock is None:
@@ -244,6 +245,7 @@ class Runner:
         if a.is_mmio:
             return WideAccess(a.address - a.offset, a.offset, a.value, a.size, bool(a.is_write))
         access = PioAccess()
+        access.value = a.value
         access._base = a.address
         size = a.size.bit_length() - 1
         access._word = a.value | size << lib.PYKVM_SIZE_SHIFT | a.is_write << lib.PYKVM_WRITE_SHIFT
