@@ -2,7 +2,7 @@
 
 A :class:`Kvm` makes a :class:`Vm`, that makes a :class:`Vcpu` or a :class:`Device`; each wraps one
 kind of file descriptor, and each of its ioctls is the method of the same name in lower case. The
-structures are cffi objects of the kernel's own names and fields. Every ``KVM_*`` constant of
+structures are cffi objects of the kernel's own names and fields. Every constant of
 linux/kvm.h is an attribute of this module: ``pykvm.kvm.KVM_CAP_SYNC_REGS``.
 
 What a KVM does not have raises :class:`~pykvm.errors.CapabilityError`, what it refuses
@@ -41,12 +41,15 @@ __all__ = [
     "trace",
 ]
 
+#: How the constants of linux/kvm.h begin.
+_CONSTANTS = ("KVM_", "MSR_KVM_", "GUEST_MEMFD_")
+
 #: Loaded when first asked for.
 _SUBMODULES = ("caps", "decode", "exclusions", "hints", "rings", "stats", "tracing")
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("KVM_"):
+    if name.startswith(_CONSTANTS):
         from pykvm._abi import lib
 
         try:
@@ -68,5 +71,5 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     from pykvm._abi import lib
 
-    constants = [name for name in dir(lib) if name.startswith("KVM_")]
+    constants = [name for name in dir(lib) if name.startswith(_CONSTANTS)]
     return sorted({*globals(), *__all__, *_SUBMODULES, *constants})

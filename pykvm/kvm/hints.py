@@ -93,6 +93,7 @@ _HINTS: dict[tuple[str, str], str] = {
     ("KVM_IOEVENTFD", "EBADF"): "fd is not an open file descriptor",
     ("KVM_CREATE_DEVICE", "ENODEV"): "this KVM has no device of that type",
     ("KVM_CREATE_DEVICE", "EEXIST"): "this VM has one, and may have only one",
+    ("KVM_CREATE_DEVICE", "EBUSY"): "this VM has one, and may have only one",
     ("KVM_GET_DEVICE_ATTR", "ENXIO"): "there is no such group or attribute here",
     ("KVM_SET_DEVICE_ATTR", "ENXIO"): "there is no such group or attribute here",
     ("KVM_GET_DEVICE_ATTR", "EPERM"): "this attribute cannot be read, or not now; or there are no "
@@ -105,8 +106,7 @@ _HINTS: dict[tuple[str, str], str] = {
     ("KVM_SET_TSS_ADDR", "EINVAL"): "the three pages must end below 4 GiB",
     ("KVM_SET_IDENTITY_MAP_ADDR", "EINVAL"): _TOO_LATE,
     ("KVM_SET_BOOT_CPU_ID", "EBUSY"): _TOO_LATE,
-    ("KVM_SET_CLOCK", "EINVAL"): "only KVM_CLOCK_REALTIME may be set in flags: clear what "
-    "get_clock() left there",
+    ("KVM_SET_CLOCK", "EINVAL"): "a flag that this KVM does not have (KVM_CAP_ADJUST_CLOCK)",
     ("KVM_SET_TSC_KHZ", "EINVAL"): "the host's TSC cannot be scaled to this (KVM_CAP_TSC_CONTROL), "
     "or of a VM: " + _TOO_LATE,
     ("KVM_GET_TSC_KHZ", "EIO"): "the host's TSC is unstable",

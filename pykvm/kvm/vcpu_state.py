@@ -86,7 +86,11 @@ class StateMixin(AttrWriter):
         return get(self, "KVM_GET_FPU", "struct kvm_fpu *")
 
     def set_fpu(self, fpu: Any) -> None:
-        """KVM_SET_FPU (api.rst 4.23): write all of ``struct kvm_fpu``."""
+        """KVM_SET_FPU (api.rst 4.23): write all of ``struct kvm_fpu``.
+
+        It does not mark x87 and SSE as in use: as long as the guest has touched neither,
+        :meth:`get_xsave` goes on to show their initial state.
+        """
         call(self, "KVM_SET_FPU", pointer(fpu, "struct kvm_fpu *"))
 
     def get_xsave(self) -> Any:

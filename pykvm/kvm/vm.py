@@ -64,8 +64,8 @@ class Vm(MemoryMixin, IrqMixin, FilterMixin, AttrWriter):
 
         Returns: the device; None from a test that succeeded. Needs KVM_CAP_DEVICE_CTRL.
 
-        Errors: ENODEV for a type this KVM does not have; EEXIST for a second one of a type
-        that may exist only once.
+        Errors: ENODEV for a type this KVM does not have; EEXIST or EBUSY for a second one of a
+        type that may exist only once.
         """
         self.need("KVM_CAP_DEVICE_CTRL")
         args = ffi.new("struct kvm_create_device *", {"type": type, "flags": flags})
@@ -137,10 +137,10 @@ class Vm(MemoryMixin, IrqMixin, FilterMixin, AttrWriter):
 
         Args:
             data: ``struct kvm_clock_data``, or the clock in ns. With KVM_CLOCK_REALTIME in
-                ``flags`` KVM adds what time passed since ``realtime``; no other flag may be set.
+                ``flags`` KVM adds what time passed since ``realtime``: clear it if that is not
+                meant, for :meth:`get_clock` may have set it.
 
-        Needs KVM_CAP_ADJUST_CLOCK. Errors: EINVAL for another flag, such as KVM_CLOCK_TSC_STABLE
-        left over from :meth:`get_clock`.
+        Needs KVM_CAP_ADJUST_CLOCK. Errors: EINVAL for a flag that this KVM does not have.
         """
         self.need("KVM_CAP_ADJUST_CLOCK")
         if isinstance(data, int):

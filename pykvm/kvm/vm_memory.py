@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pykvm._abi import ffi
 
 from .handle import CapHandle
@@ -113,7 +115,9 @@ class MemoryMixin(CapHandle):
         """
         self.need("KVM_CAP_GUEST_MEMFD")
         args = ffi.new("struct kvm_create_guest_memfd *", {"size": size, "flags": flags})
-        return call(self, "KVM_CREATE_GUEST_MEMFD", args)
+        fd = call(self, "KVM_CREATE_GUEST_MEMFD", args)
+        os.set_inheritable(fd, False)  # KVM makes all its descriptors close-on-exec but this one
+        return fd
 
     def set_memory_attributes(
         self, address: int, size: int, attributes: int, flags: int = 0
