@@ -22,6 +22,9 @@ from pykvm.result import RunResult
 
 COMMAND = [sys.executable, "-m", "pykvm"]
 
+#: As users have it. Unbuffered, what cannot be written would not wait for the interpreter's end.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
 HALT = b"\xf4"
 LOOP = b"\xeb\xfe"
 OUT = b"\xe6\xe9"  # out 0xe9, al
@@ -70,7 +73,7 @@ def pykvm(capfdbinary: pytest.CaptureFixture[bytes]) -> Callable[..., Done]:
 def spawn(*args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run the command line in a process of its own."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 100, **options}
-    return subprocess.run([*COMMAND, *args], check=False, **options)
+    return subprocess.run([*COMMAND, *args], check=False, env=ENVIRONMENT, **options)
 
 
 @pytest.fixture
@@ -80,7 +83,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
 
     def popen(*args: str) -> subprocess.Popen[bytes]:
         process = subprocess.Popen(
-            [*COMMAND, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            [*COMMAND, *args], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
         started.append(process)
         return process

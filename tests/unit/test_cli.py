@@ -28,6 +28,9 @@ from pykvm.result import RunResult
 
 COMMAND = [sys.executable, "-m", "pykvm"]
 
+#: As users have it. Unbuffered, what cannot be written would not wait for the interpreter's end.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
 
 def invoke(*args: str) -> Result:
     """Run the command line in this process."""
@@ -37,7 +40,7 @@ def invoke(*args: str) -> Result:
 def spawn(*args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """Run the command line in a process of its own."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "timeout": 60, **options}
-    return subprocess.run([*COMMAND, *args], check=False, **options)
+    return subprocess.run([*COMMAND, *args], check=False, env=ENVIRONMENT, **options)
 
 
 # ---- exit codes --------------------------------------------------------------------------------
