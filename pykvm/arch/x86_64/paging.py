@@ -128,6 +128,7 @@ class PageTables:
         while length:
             size = next(s for s in reversed(sizes) if not gva % s and not gpa % s and s <= length)
             done = self._fill(gva, gpa, length, size, flags)
+            self.needs_nx = self.needs_nx or bool(flags & NX)
             gva, gpa, length = gva + done, gpa + done, length - done
 
     def _sizes(self, page_size: int | None) -> tuple[int, ...]:
@@ -145,7 +146,6 @@ class PageTables:
         if "x" not in perms:
             if self.mode == "32-bit":
                 raise ValueError(f"rights {perms!r}: 32-bit paging cannot forbid execution")
-            self.needs_nx = True
             flags |= NX
         return flags
 
