@@ -22,6 +22,7 @@ WRITES = guests.BURST + 1
 
 def measure(pairs: int) -> Iterator[Result]:
     """A doorbell port and a doorbell in guest-physical memory."""
+    pairs *= guests.TIMES
     for loop in ("pio-doorbell", "mmio-doorbell"):
         fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:

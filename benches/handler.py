@@ -17,11 +17,10 @@ from benches.reference import RawVm
 C_ONLY = False
 NEEDS_KVM = True
 
-EXITS = 500
-
 
 def measure(pairs: int) -> Iterator[Result]:
     """PIO and MMIO: ours against raw C, then the overhead of ours against that of ctypes."""
+    pairs *= guests.TIMES
     for loop in ("pio", "mmio"):
         sums = {"ours": 0, "plain": 0}
 
@@ -35,10 +34,10 @@ def measure(pairs: int) -> Iterator[Result]:
             guests.bus(m, loop).handle(guests.address(loop), ours)
             vcpu = PlainVcpu(other.vcpu_fd, other.run_size)
             (vcpu.mmio if loop == "mmio" else vcpu.ports)[guests.address(loop)] = plain
-            samplers = [guests.sampler(m, EXITS), raw.sampler(EXITS), _plain(vcpu)]
+            samplers = [guests.sampler(m, guests.EXITS), raw.sampler(guests.EXITS), _plain(vcpu)]
             samples = take_turns(samplers, pairs)
             vcpu.close()
-            written = (pairs + 1) * EXITS * guests.AL
+            written = (pairs + 1) * guests.EXITS * guests.AL
             if [*sums.values(), raw.sum] != [written] * 3:
                 raise BenchError(f"the sum is {written}, but the handlers saw {sums}, C {raw.sum}")
         fast, base, slow = samples
@@ -57,7 +56,7 @@ def measure(pairs: int) -> Iterator[Result]:
 def _plain(vcpu: PlainVcpu) -> Callable[[], float]:
     def sample() -> float:
         start = perf_counter_ns()
-        vcpu.run(EXITS)
-        return (perf_counter_ns() - start) / EXITS
+        vcpu.run(guests.EXITS)
+        return (perf_counter_ns() - start) / guests.EXITS
 
     return sample

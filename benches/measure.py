@@ -145,7 +145,8 @@ def compare(
     if ratio_of == "pairs":
         ratio = statistics.median(ratios)
     elif ratio_of == "medians":
-        ratio = medians[0] / medians[1] if medians[1] > 0 else float("inf")
+        drowned = min(medians) <= 0  # a difference that is negative was smaller than the noise
+        ratio = float("inf") if drowned else medians[0] / medians[1]
     else:
         raise ValueError(f'ratio_of is "pairs" or "medians", not {ratio_of!r}')
     return Result(

@@ -14,11 +14,10 @@ from benches.measure import BenchError, Goal, Result, compare, take_turns
 C_ONLY = False
 NEEDS_KVM = True
 
-EXITS = 500
-
 
 def measure(pairs: int) -> Iterator[Result]:
     """RBX is increased at every exit; the guest carries it along."""
+    pairs *= guests.TIMES
     with guests.machine("pio") as m, guests.machine("pio") as plain:
         cpu = m.cpu
 
@@ -27,11 +26,11 @@ def measure(pairs: int) -> Iterator[Result]:
 
         m.pio.handle(guests.PORT, handler)
         plain.pio.handle(guests.PORT, lambda exit: None)
-        samplers = [guests.sampler(m, EXITS), guests.sampler(plain, EXITS)]
+        samplers = [guests.sampler(m, guests.EXITS), guests.sampler(plain, guests.EXITS)]
         ours, reference = take_turns(samplers, pairs)
         counted = cpu.rbx - guests.GPA
-        if counted != (pairs + 1) * EXITS:
-            raise BenchError(f"RBX went through {counted} of {(pairs + 1) * EXITS} changes")
+        if counted != (pairs + 1) * guests.EXITS:
+            raise BenchError(f"RBX went through {counted} of {(pairs + 1) * guests.EXITS} changes")
     yield compare(
         "registers/read-write",
         "ns/exit",

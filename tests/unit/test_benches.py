@@ -88,8 +88,9 @@ def test_a_ratio_of_medians_survives_pairs_without_a_difference() -> None:
     assert made.ratio == 0.25
 
 
-def test_a_reference_that_costs_nothing_is_no_pass() -> None:
-    made = compare("a/b", "ns", [1], [-1], ratio_of="medians", goal=Goal(0.4))
+@pytest.mark.parametrize(("ours", "reference"), [(1, -1), (-1, 1), (1, 0), (-1, -9)])
+def test_a_difference_that_drowned_in_noise_is_no_pass(ours: float, reference: float) -> None:
+    made = compare("a/b", "ns", [ours], [reference], ratio_of="medians", goal=Goal(0.4))
     assert made.ratio == math.inf
     assert made.holds is False
 
