@@ -193,7 +193,7 @@ def test_a_stack_that_is_not_mapped_is_noticed() -> None:
         (long64_ring3, "ee", "IN and OUT raise #GP"),
         (long64, "0f05", "EFER.SCE=0"),
         (long64, "cc", "INT3"),
-        (prot32, "c5f877", "CR4.OSXSAVE=0 raises #UD"),
+        (prot32, "c5f877", "CR4.OSXSAVE=0 AVX raises #UD"),
     ],
 )
 def test_an_instruction_that_faults_by_itself_is_the_first_guess(

@@ -76,7 +76,7 @@ def test_the_tss_in_memory_has_the_stacks_of_the_layout(
 ) -> None:
     m = Machine()
     m.enter(mode, ring=3, tables=0x10000)
-    task = kind.decode(m.memory[m.sregs.tr.base :][:104])
+    task = kind.decode(bytes(m.memory[m.sregs.tr.base :][:104]))
     stack = task.esp0 if kind is Tss32 else task.rsp0
     assert stack == 0x10000 + layout.RSP0_TOP
     assert m.sregs.tr.base == 0x10000 + layout.TSS

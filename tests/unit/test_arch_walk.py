@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -264,7 +266,7 @@ class Refusing:
 
 
 def test_memory_that_refuses_is_no_ram_but_closed_memory_is_an_error() -> None:
-    registers = {"cr0": PG, "cr3": 0, "cr4": PAE, "efer": LMA}
+    registers: dict[str, Any] = {"cr0": PG, "cr3": 0, "cr4": PAE, "efer": LMA}
     assert walk(Refusing(GuestMemoryError("outside")), 0, **registers).fault is not None
     with pytest.raises(ClosedError):
         walk(Refusing(ClosedError("closed")), 0, **registers)

@@ -17,6 +17,8 @@ from tests.support.fake_ioctl import FakeKernel, fake_vcpu
 
 
 def cpuid_answer(total: int, says_how_many: bool) -> Any:
+    """KVM_GET_SUPPORTED_CPUID and its kind: ``nent`` is right after success, if it ever is."""
+
     def answer(arg: Any) -> int:
         if arg.nent < total:
             if says_how_many:
@@ -31,12 +33,27 @@ def cpuid_answer(total: int, says_how_many: bool) -> Any:
     return answer
 
 
+def vcpu_cpuid_answer(total: int, since_6_2: bool) -> Any:
+    """KVM_GET_CPUID2: ``nent`` is right after E2BIG; older kernels leave it alone on success."""
+    fill = cpuid_answer(total, True)
+
+    def answer(arg: Any) -> int:
+        room = arg.nent
+        result = int(fill(arg))
+        if result == 0 and not since_6_2:
+            arg.nent = room
+        return result
+
+    return answer
+
+
 @pytest.mark.parametrize("total", [0, 1, 40, 128, 129, 700])
 @pytest.mark.parametrize("says_how_many", [True, False])
 def test_cpuid_is_asked_for_until_it_fits(total: int, says_how_many: bool) -> None:
     with fake_vcpu() as (kernel, kvm, _, vcpu):
-        for name in ("KVM_GET_SUPPORTED_CPUID", "KVM_GET_CPUID2", "KVM_GET_EMULATED_CPUID"):
+        for name in ("KVM_GET_SUPPORTED_CPUID", "KVM_GET_EMULATED_CPUID"):
             kernel.answers[name] = cpuid_answer(total, says_how_many)
+        kernel.answers["KVM_GET_CPUID2"] = vcpu_cpuid_answer(total, since_6_2=says_how_many)
         for entries in (kvm.get_supported_cpuid(), vcpu.get_cpuid2(), kvm.get_emulated_cpuid()):
             assert [(entry.function, entry.edx) for entry in entries] == [
                 (i, i * 3) for i in range(total)

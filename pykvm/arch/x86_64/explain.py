@@ -280,7 +280,8 @@ def explain_shutdown(
     found = _examine(what, sregs, regs, memory, phys_bits, features)
     if _looks_reset(sregs, regs):
         found.hints.append(
-            "these are the registers of a processor after reset: where this one stood is lost"
+            "these are the registers of a processor after reset: AMD's lose theirs in a shutdown. "
+            "An IDT whose handlers print and halt shows the exception and where it was"
         )
         return found
     hints = _fetch_hints(found, memory)
@@ -322,11 +323,9 @@ def _exception_hints(found: Explanation, sregs: Any) -> list[str]:
         return [f"the instruction at RIP is {found.instruction}: it raises an exception itself"]
     if found.instruction == "SYSCALL" and not int(sregs.efer) & 1:
         return ["SYSCALL with EFER.SCE=0 raises #UD"]
-    if found.instruction.startswith(("SSE", "SSSE3", "AVX")):
-        if not int(sregs.cr4) >> 9 & 1:
-            return [f"{found.instruction} with CR4.OSFXSR=0 raises #UD"]
-        if found.instruction.startswith("AVX") and not int(sregs.cr4) >> 18 & 1:
-            return [f"{found.instruction} with CR4.OSXSAVE=0 raises #UD"]
+    for prefix, bit, name in (("SSE", 9, "OSFXSR"), ("SSSE3", 9, "OSFXSR"), ("AVX", 18, "OSXSAVE")):
+        if found.instruction.startswith(prefix) and not int(sregs.cr4) >> bit & 1:
+            return [f"{found.instruction}: with CR4.{name}=0 {prefix} raises #UD"]
     if ring and code[:1] in (b"\xf4", b"\xfa", b"\xfb"):
         name = {0xF4: "HLT", 0xFA: "CLI", 0xFB: "STI"}[code[0]]
         return [

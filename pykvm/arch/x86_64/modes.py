@@ -128,8 +128,9 @@ def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
     # Below 64 KiB CS is 0, so that the offsets in the code are the addresses it is loaded at.
     selector = min(done.entry >> 4, 0xFFFF) if done.entry > 0xFFFF else 0
     real_mode(selector, code=True).apply(sregs.cs)
-    for name in ("ss", "ds", "es", "fs", "gs"):
-        real_mode(0).apply(getattr(sregs, name))
+    segment = real_mode(0)
+    for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
+        segment.apply(register)
     Segment(limit=0xFFFF, type=11, present=1).apply(sregs.tr)
     Segment(limit=0xFFFF, type=2, present=1).apply(sregs.ldt)
     sregs.gdt.base, sregs.gdt.limit = 0, 0xFFFF
@@ -183,8 +184,9 @@ def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long
         else (layout.KERNEL_CS if long else layout.KERNEL_CS32, layout.KERNEL_DS)
     )
     gdt[code | done.ring].apply(sregs.cs)
-    for name in ("ss", "ds", "es", "fs", "gs"):
-        gdt[stack | done.ring].apply(getattr(sregs, name))
+    segment = gdt[stack | done.ring]
+    for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
+        segment.apply(register)
     gdt[layout.TSS_SELECTOR].apply(sregs.tr)
     null().apply(sregs.ldt)
     gdt.load(sregs.gdt)

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
+    from .segments import Segment
+
 GPRS = (
     "rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp",
     "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15",
@@ -193,6 +195,24 @@ class Regs:
 
     __slots__ = (*GPRS, "rflags", "rip")
 
+    if TYPE_CHECKING:
+        rax: int
+        rbx: int
+        rcx: int
+        rdx: int
+        rsi: int
+        rdi: int
+        rbp: int
+        rsp: int
+        r8: int
+        r9: int
+        r10: int
+        r11: int
+        r12: int
+        r13: int
+        r14: int
+        r15: int
+
     def __init__(self) -> None:
         for name in GPRS:
             setattr(self, name, 0)
@@ -219,6 +239,21 @@ class Sregs:
     """
 
     __slots__ = (*CONTROLS, *DESCRIPTOR_TABLES, *SEGMENTS, *SYSTEM_SEGMENTS, "interrupt_bitmap")
+
+    if TYPE_CHECKING:
+        cs: Segment
+        ss: Segment
+        ds: Segment
+        es: Segment
+        fs: Segment
+        gs: Segment
+        tr: Segment
+        ldt: Segment
+        cr2: int
+        cr3: int
+        cr4: int
+        cr8: int
+        efer: int
 
     def __init__(self) -> None:
         from .segments import Segment, real_mode
