@@ -16,12 +16,16 @@ from pykvm.result import TIMEOUT
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pykvm.result import RunResult
+
+    Sample = Callable[[float], tuple[float, int]]
+
 SLICE = 0.004
 """Seconds of one sample; long beside the tens of microseconds that a run takes to start and end."""
 SAMPLES = 5
 """Samples of which the median counts. One more is taken first, to warm up, and forgotten."""
 LONGEST = 0.128
-"""Seconds that a sample may grow to where not even one exit fits into ``SLICE``."""
+"""Seconds that a sample may grow to where nothing at all fits into ``SLICE``."""
 EMULATED = 20.0
 """Ring 0 this many times slower than ring 3 is emulated. Natively they are alike; emulated there
 are three orders of magnitude between them."""
@@ -87,23 +91,21 @@ def instruction_ns(ring: int, path: str = "/dev/kvm") -> float:
     with Machine(memory="2M", path=path) as m:
         m.load(COUNT_CODE, at=CODE_AT)
         m.cpu.enter("long64", entry=CODE_AT, ring=ring)
-        best = float("inf")
-        for _ in range(3):
+
+        def sample(seconds: float) -> tuple[float, int]:
             before = m.cpu.rcx
-            seconds = _run(m, SLICE)
-            turns = m.cpu.rcx - before
-            if turns:
-                best = min(best, seconds * 1e9 / (2 * turns))
-    if best == float("inf"):
-        raise RuntimeError(f"in {SLICE * 1000:.0f} ms ring {ring} made no turn of a small loop")
-    return best
+            elapsed = _run(m, seconds).seconds
+            return elapsed, 2 * (m.cpu.rcx - before)
+
+        return min(_samples(sample))
 
 
-def _run(m: Machine, seconds: float) -> float:
+def _run(m: Machine, seconds: float) -> RunResult:
+    """Run a guest that loops for ever."""
     result = m.run(timeout=seconds)
     if result.reason != TIMEOUT:
         raise RuntimeError(f"a guest that loops for ever ended: {result}")
-    return result.seconds
+    return result
 
 
 def _exits(what: str, path: str, ring: int, serve: Callable[[Machine], object]) -> Timing:
@@ -114,9 +116,7 @@ def _exits(what: str, path: str, ring: int, serve: Callable[[Machine], object]) 
         serve(m)
 
         def sample(seconds: float) -> tuple[float, int]:
-            result = m.run(timeout=seconds)
-            if result.reason != TIMEOUT:
-                raise RuntimeError(f"a guest that writes to a port for ever ended: {result}")
+            result = _run(m, seconds)
             return result.seconds, result.exits
 
         return _median(what, sample)
@@ -138,19 +138,25 @@ def _calls(what: str, call: Callable[[], object]) -> Timing:
     return _median(what, sample)
 
 
-def _median(what: str, sample: Callable[[float], tuple[float, int]]) -> Timing:
-    seconds = SLICE
-    while sample(seconds)[1] == 0:  # a machine so slow that it needs more time
-        seconds *= 2
-        if seconds > LONGEST:
-            raise RuntimeError(f"not one exit in {LONGEST * 1000:.0f} ms")
-    taken = []
-    for _ in range(SAMPLES):
-        elapsed, count = sample(seconds)
-        if count:
-            taken.append(elapsed * 1e9 / count)
-    taken.sort()
+def _median(what: str, sample: Sample) -> Timing:
+    taken = sorted(_samples(sample))
     return Timing(what, taken[len(taken) // 2], taken[0], taken[-1])
+
+
+def _samples(sample: Sample) -> list[float]:
+    """Take samples; nanoseconds of each of what they counted.
+
+    Args:
+        sample: takes one of about so many seconds: seconds it took, and how many it counted.
+    """
+    seconds = SLICE
+    while seconds <= LONGEST:
+        if sample(seconds)[1]:
+            taken = [sample(seconds) for _ in range(SAMPLES)]
+            if any(count for _, count in taken):
+                return [elapsed * 1e9 / count for elapsed, count in taken if count]
+        seconds *= 2  # a machine so slow that it needs more time
+    raise RuntimeError(f"nothing happened in {LONGEST * 1000:.0f} ms")
 
 
 # ---- the costs ---------------------------------------------------------------------------------

@@ -140,7 +140,8 @@ def test_the_console_is_live_and_ctrl_c_ends_the_run(
     _, stderr = process.communicate()
     assert process.returncode == exitcodes.INTERRUPTED
     assert b"guest.bin: interrupted after 1 exit" in stderr
-    assert b"cpu 0 running at rip 0x8004" in stderr
+    # In the loop, or still at the OUT, which is complete only when the guest is entered again.
+    assert re.search(rb"cpu 0 running at rip 0x800[24] ", stderr)
     assert b"Traceback" not in stderr
 
 

@@ -428,6 +428,12 @@ def test_a_slow_machine_gets_longer_samples() -> None:
     assert timing.ns == pytest.approx(16e6)
 
 
+def test_samples_that_all_come_out_empty_are_taken_again_and_longer() -> None:
+    taken = iter([1, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0])
+    timing = measure._median("x", lambda seconds: (seconds, next(taken)))
+    assert timing.ns == pytest.approx(8e6)
+
+
 def test_a_machine_that_makes_no_exit_at_all_ends_the_measurement() -> None:
     with pytest.raises(RuntimeError, match="nothing happened"):
         measure._median("x", lambda seconds: (seconds, 0))
