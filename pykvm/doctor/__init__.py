@@ -147,8 +147,14 @@ class Report:
         advice = list(self.problem.remedies) if self.problem else []
         if self.ring0 is not None and self.ring0.verdict == "emulated":
             advice.append(
-                "ring 0 is emulated: run what must be fast in ring 3, "
+                "ring 0 is emulated: run what computes in ring 3, "
                 'cpu.enter("long64", entry=…, ring=3, iopl=3), and keep ring 0 to integer code'
+            )
+        ports = [self.costs.get(name) for name in ("pio_c", "pio_ring3")]
+        if ports[0] and ports[1] and ports[1].low > 2 * ports[0].low:
+            advice.append(
+                f"an exit from ring 3 costs {ports[1].low / ports[0].low:.1f} times one from"
+                " ring 0: compute there, and let exits be few"
             )
         if self.host.get("assembler") == "":
             advice.append(

@@ -403,6 +403,16 @@ def test_ring_0_is_judged_by_ring_3(
     assert any("ring=3" in line for line in report.advice) is not boots
 
 
+@pytest.mark.parametrize(("ring3", "told"), [(40.0, True), (15.0, False)])
+def test_dear_exits_from_ring_3_are_told(ring3: float, told: bool) -> None:
+    costs = {
+        "pio_c": Timing("", 12.0, 10.0, 50.0),
+        "pio_ring3": Timing("", ring3, ring3, ring3),
+    }
+    advice = doctor.Report("/dev/kvm", costs=costs).advice
+    assert any("4.0 times" in line for line in advice) is told
+
+
 def test_where_both_rings_are_slow_ring_0_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "instruction_ns", lambda ring, path: {0: 9.0, 3: 5.0}[ring])
     assert measure.ring0().verdict == "native"
