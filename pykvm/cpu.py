@@ -279,12 +279,17 @@ class Cpu:
 
         Pure: nothing is run. Every finding names the rule, its clause and the remedy.
         """
-        from pykvm.arch.x86_64 import cpuid, rules
+        from pykvm.arch.x86_64 import rules
 
         regs = self.load_regs()
-        return rules.check(
-            self.load_sregs(), regs.rip, regs.rflags, phys_bits=cpuid.phys_bits(self._supported)
-        )
+        return rules.check(self.load_sregs(), regs.rip, regs.rflags, **self.offers())
+
+    def offers(self) -> dict[str, Any]:
+        """What CPUID lets the registers hold: ``phys_bits``, and ``features`` (None: no CPUID)."""
+        from pykvm.arch.x86_64 import cpuid
+
+        known = cpuid.features(self._supported) if self._supported else None
+        return {"phys_bits": cpuid.phys_bits(self._supported), "features": known}
 
     def translate(self, gva: int, access: str = "r") -> Walk:
         """Walk the page tables for a guest-virtual (linear) address.

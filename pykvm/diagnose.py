@@ -67,4 +67,4 @@ def incomplete(result: RunResult) -> PykvmError | None:
 
 
 def _context(cpu: Cpu) -> dict[str, Any]:
-    return {"regs": cpu.load_regs(), "memory": cpu.memory}
+    return {"regs": cpu.load_regs(), "memory": cpu.memory, **cpu.offers()}
