@@ -11,6 +11,7 @@ $b mount -t tmpfs shm /dev/shm
 [ -e /dev/fd ] || $b ln -s /proc/self/fd /dev/fd
 $b ip link set lo up
 $b hostname rig
+echo 16 >/proc/sys/vm/nr_hugepages # for the tests of memory in huge pages
 
 [ -c /dev/kvm ] || { echo "rig: kvm_amd is loaded, yet there is no /dev/kvm"; $b poweroff -f; }
 : >/run/rig/started
