@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .handle import Handle
 
 CPUID_ENTRIES = 128  # of today's kernels, 40 to 80 are used
+_UNWRITTEN = b"\xff" * 28 + bytes(12)  # no CPUID leaf; its padding must be zero
 MAX_LIST = 1 << 16  # no list of KVM is longer; a kernel that wants more is not answering sensibly
 MSRS_PER_CALL = 255  # MAX_IO_MSRS of arch/x86/kvm/x86.c is 256, and KVM takes fewer than that
 
@@ -42,16 +43,22 @@ def read_cpuid(handle: Handle, name: str) -> list[Any]:
     count = CPUID_ENTRIES
     while True:
         cpuid = ffi.new("struct kvm_cpuid2 *", {"nent": count, "entries": count})
+        # KVM_GET_CPUID2 of older kernels (6.1) succeeds without saying how many entries it wrote:
+        # those that it did not write keep this mark.
+        room = ffi.buffer(ffi.cast("char *", cpuid.entries), count * len(_UNWRITTEN))
+        room[:] = _UNWRITTEN * count
         try:
             call(handle, name, cpuid)
         except KvmError as error:
             if error.errno != errno.E2BIG or count >= MAX_LIST:
                 raise
-            # KVM_GET_CPUID2 says how many it wants; the others leave nent alone.
-            count = min(max(cpuid.nent, count * 2), MAX_LIST)
+            count = min(count * 2, MAX_LIST)
             continue
+        written, size = cpuid.nent, len(_UNWRITTEN)
+        while written and room[(written - 1) * size : written * size] == _UNWRITTEN:
+            written -= 1
         entries = cpuid.entries
-        return [ffi.new("struct kvm_cpuid_entry2 *", entries[i])[0] for i in range(cpuid.nent)]
+        return [ffi.new("struct kvm_cpuid_entry2 *", entries[i])[0] for i in range(written)]
 
 
 def read_indices(handle: Handle, name: str) -> list[int]:
