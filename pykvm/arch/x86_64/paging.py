@@ -176,7 +176,7 @@ class PageTables:
         count = min(length // size, (1 << bits) - index)
         first, last = table + index * entry_size, table + (index + count) * entry_size
         old = peek(self._memory, first, last - first)
-        if old is None or any(old):
+        if old is None or old != bytes(len(old)):
             self._refuse(old, entry_size, gva, size, name)
         if size != PAGE:
             flags |= PS
