@@ -156,7 +156,7 @@ def test_memory_that_is_gone_from_this_process_is_an_error_in_words(cpu: Vcpu, v
 
 
 @pytest.mark.cap("KVM_CAP_SET_GUEST_DEBUG")
-def test_single_steps_and_breakpoints_exit(cpu: Vcpu, memory: Ram) -> None:
+def test_single_steps_exit(cpu: Vcpu, memory: Ram) -> None:
     start(cpu, memory, "90 90 90 f4")
     cpu.set_guest_debug(k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_SINGLESTEP)
     for pc in (0x1001, 0x1002):
@@ -164,15 +164,40 @@ def test_single_steps_and_breakpoints_exit(cpu: Vcpu, memory: Ram) -> None:
         assert isinstance(exit, exits.DebugExit)
         assert (exit.exception, exit.pc) == (1, pc)
         assert exit.dr6 & 1 << 14  # BS: a single step
+    cpu.set_guest_debug(0)
+    assert cpu.run() == exits.HltExit()
+
+
+@pytest.mark.cap("KVM_CAP_SET_GUEST_DEBUG")
+def test_breakpoints_in_debug_registers_exit(cpu: Vcpu, memory: Ram) -> None:
+    start(cpu, memory, "90 90 90 f4")
     cpu.set_guest_debug(
-        k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_USE_HW_BP, [0x1003, 0, 0, 0, 0, 0, 0, 0x402]
+        k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_USE_HW_BP, [0x1002, 0, 0, 0, 0, 0, 0, 0x402]
     )
     exit = cpu.run()
+    if exit == exits.HltExit():
+        pytest.skip("KVM_GUESTDBG_USE_HW_BP: the processor under this KVM ignores a guest's DR7")
     assert isinstance(exit, exits.DebugExit)
-    assert exit.pc == 0x1003
+    assert exit.pc == 0x1002
     assert exit.dr6 & 1  # B0: the breakpoint of DR0
     cpu.set_guest_debug(0)
     assert cpu.run() == exits.HltExit()
+
+
+@pytest.mark.cap("KVM_CAP_SET_GUEST_DEBUG")
+def test_breakpoint_instructions_exit(cpu: Vcpu, memory: Ram) -> None:
+    start_ring3(cpu, memory, "90 cc e6e9")
+    cpu.set_guest_debug(k.KVM_GUESTDBG_ENABLE | k.KVM_GUESTDBG_USE_SW_BP)
+    exit = cpu.run()
+    if exit == exits.ShutdownExit():  # there is no IDT
+        pytest.skip("KVM_GUESTDBG_USE_SW_BP: this KVM gives INT3 to the guest all the same")
+    assert isinstance(exit, exits.DebugExit)
+    assert (exit.exception, exit.pc) == (3, 0x1001)
+    regs = cpu.get_regs()
+    assert regs.rip == 0x1001
+    regs.rip = 0x1002
+    cpu.set_regs(regs)
+    assert isinstance(cpu.run(), exits.IoExit)
 
 
 # -- interrupting ----------------------------------------------------------------------------
