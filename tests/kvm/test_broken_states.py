@@ -19,6 +19,7 @@ import pytest
 
 from pykvm._abi import ffi
 from pykvm.arch.x86_64 import cpuid, explain, modes, rules, segments
+from pykvm.arch.x86_64.paging import PageTables
 from pykvm.arch.x86_64.regs import CR4_BITS
 from pykvm.arch.x86_64.rules_control import CR4_FEATURES
 from pykvm.errors import KvmError
@@ -320,6 +321,24 @@ def test_a_state_that_cpuid_forbids_is_explained(guest: Guest) -> None:
         outcome, explanation = guest.try_it()
         if explanation is not None:
             assert f"CR4.{name}" in str(explanation), outcome
+
+
+@pytest.mark.parametrize("paging", ["32-bit", "pae"])
+def test_paging_outside_long_mode_runs_or_its_loss_is_explained(guest: Guest, paging: str) -> None:
+    """kvm-pvm drops CR0.PG there without a word, and shuts down at the first instruction."""
+    guest.enter("prot32")
+    tables = PageTables(guest.memory, 0x10000, mode=paging)
+    tables.identity(0x400000)
+    tables.identity(0x1000, start=0xD0000000)
+    guest.sregs.cr3, guest.sregs.cr0 = tables.cr3, 0x80010033
+    guest.sregs.cr4 |= 0x20 if paging == "pae" else 0x10
+    assert guest.check() == []
+    outcome, _ = guest.try_it()
+    if outcome != "ran":
+        found = explain.explain_shutdown(
+            sregs=guest.vcpu.get_sregs(), regs=guest.vcpu.get_regs(), memory=guest.memory
+        )
+        assert outcome == "SHUTDOWN" and "CR0.PG" in found.cause
 
 
 def test_a_v8086_state_breaks_no_rule(guest: Guest) -> None:

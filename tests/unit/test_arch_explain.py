@@ -219,6 +219,20 @@ def test_the_last_page_fault_is_told() -> None:
     assert "0xdead0000 (CR2)" in str(explain.explain_shutdown(**context(state)))
 
 
+def test_paging_that_got_lost_is_noticed() -> None:
+    """kvm-pvm clears CR0.PG outside long mode."""
+    state = with_code(prot32(), b"\x90")
+    state.sregs.cr3 = 0x10000
+    assert "CR0.PG=0" in explain.explain_shutdown(**context(state)).cause
+
+
+def test_a_1_gib_page_that_cpuid_does_not_offer_is_told() -> None:
+    state = long64()
+    state.memory[0x2000:0x2008] = (0x83).to_bytes(8, "little")
+    text = str(explain.explain_shutdown(**context(state), features={"lm"}))
+    assert "RIP cannot be fetched: #PF" in text and "CPUID does not offer" in text
+
+
 def test_registers_that_a_shutdown_reset_are_recognized() -> None:
     found = explain.explain_shutdown(**context(reset()))
     assert "after reset" in found.cause and found.stack_walk is None

@@ -104,7 +104,7 @@ def test_other_lengths_are_no_descriptor(length: int) -> None:
 
 def test_an_unknown_field_is_named() -> None:
     with pytest.raises(TypeError, match="granularity"):
-        Segment(granularity=1)
+        Segment(granularity=1)  # type: ignore[call-arg]
 
 
 def test_a_segment_goes_to_a_register_and_back() -> None:

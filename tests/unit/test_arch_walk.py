@@ -196,6 +196,12 @@ def test_large_pages_of_long_mode() -> None:
     assert go(four_level(pdpt=0x4000_0083), 0x1234_5678).gpa == 0x5234_5678
 
 
+def test_a_1_gib_page_is_reserved_where_cpuid_does_not_offer_it() -> None:
+    tables = four_level(pdpt=0x83)
+    found = walk(tables.memory, 0, cr0=PG, cr3=0x1000, cr4=PAE, efer=LMA, gigapages=False)
+    assert fault_of(found) == (PF, 9) and "CPUID does not offer" in str(found)
+
+
 def test_five_levels() -> None:
     tables = four_level().put(0x6000 + 8 * 3, 0x1003)
     found = go(tables, 3 << 48 | 0x123, cr3=0x6000, cr4=PAE | LA57)

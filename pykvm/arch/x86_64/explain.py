@@ -101,6 +101,7 @@ def _examine(
 ) -> Explanation:
     """What every explanation has: findings, dumps, the code at RIP and its walk."""
     rip, rflags = (None, None) if regs is None else (int(regs.rip), int(regs.rflags))
+    features = None if features is None else frozenset(features)
     findings = check(sregs, rip, rflags, phys_bits=phys_bits, features=features)
     found = Explanation(what, findings)
     found.registers = format_sregs(sregs)
@@ -110,7 +111,8 @@ def _examine(
     if memory is None:
         return found
     linear = _linear(sregs, sregs.cs, rip)
-    found.walk = walk_sregs(memory, sregs, linear, "x", phys_bits=phys_bits)
+    gigapages = features is None or "pdpe1gb" in features
+    found.walk = walk_sregs(memory, sregs, linear, "x", phys_bits=phys_bits, gigapages=gigapages)
     found.code = read_virtual(memory, sregs, linear, CODE_BYTES)
     found.instruction = family(found.code, _code64(sregs))
     return found
@@ -285,6 +287,11 @@ def explain_shutdown(
         )
         return found
     hints = _fetch_hints(found, memory)
+    if int(sregs.cr0) & 0x80000001 == 1 and int(sregs.cr3):
+        hints.append(
+            f"CR3 is set ({int(sregs.cr3):#x}) but paging is off (CR0.PG=0). If the guest had it "
+            "on: kvm-pvm knows the paging of long mode only, drops CR0.PG otherwise and shuts down"
+        )
     if memory is not None and found.walk is not None:
         found.stack_walk = _walk_stack(memory, sregs, regs, phys_bits)
     hints += _exception_hints(found, sregs)

@@ -182,7 +182,7 @@ def canonical(address: int, bits: int = 48) -> bool:
     return top in (0, (1 << (65 - bits)) - 1)
 
 
-def _reserved(mode: str, name: str, leaf: bool, nxe: bool, phys_bits: int) -> int:
+def _reserved(mode: str, name: str, leaf: bool, nxe: bool, phys_bits: int, gigapages: bool) -> int:
     """The bits that must be 0 in this entry (Intel SDM Vol. 3A tables 4-4 to 4-20)."""
     if mode == "32-bit":
         # PSE-36: a 4 MiB page has address bits 39:32 in bits 20:13, as far as the CPU has them.
@@ -192,7 +192,7 @@ def _reserved(mode: str, name: str, leaf: bool, nxe: bool, phys_bits: int) -> in
         if name == "PDPT":
             return reserved | 0x7FF << 52 | NX | 0x1E6
         reserved |= 0x7FF << 52
-    elif name in ("PML5", "PML4"):
+    elif name in ("PML5", "PML4") or (name == "PDPT" and not gigapages):
         reserved |= PS
     if not nxe:
         reserved |= NX
@@ -212,7 +212,7 @@ def _large(mode: str, name: str, entry: int, cr4: int) -> bool:
 
 def walk(
     memory: Any, gva: int, *, cr0: int, cr3: int, cr4: int, efer: int, access: str = "r",
-    user: bool = False, ac: bool = False, phys_bits: int = 52,
+    user: bool = False, ac: bool = False, phys_bits: int = 52, gigapages: bool = True,
 ) -> Walk:  # fmt: skip
     """Translate ``gva`` under these control registers.
 
@@ -222,6 +222,7 @@ def walk(
         user: whether the access is made by ring 3.
         ac: RFLAGS.AC, which suspends SMAP.
         phys_bits: width of guest-physical addresses (CPUID 0x80000008); bits above are reserved.
+        gigapages: whether CPUID offers 1 GiB pages (``pdpe1gb``); without, they are reserved.
 
     Raises:
         ValueError: ``access`` is none of the three.
@@ -241,7 +242,7 @@ def walk(
         result.fault = Fault(GP, 0, f"{gva:#x} is not canonical: bits 63:{bits - 1} differ")
         return result
     nxe = bool(efer >> 11 & 1) and mode != "32-bit"
-    _descend(result, memory, gva, cr3, cr4, nxe, phys_bits)
+    _descend(result, memory, gva, cr3, cr4, nxe, phys_bits, gigapages)
     if result.fault is None:
         _permit(result, cr0, cr4, nxe, ac)
     else:
@@ -256,8 +257,9 @@ def _access_bits(result: Walk, nxe: bool, cr4: int) -> int:
 
 
 def _descend(
-    result: Walk, memory: Any, gva: int, cr3: int, cr4: int, nxe: bool, phys_bits: int
-) -> None:
+    result: Walk, memory: Any, gva: int, cr3: int, cr4: int, nxe: bool, phys_bits: int,
+    gigapages: bool,
+) -> None:  # fmt: skip
     """Follow the tables; fill in levels, page, permissions, or the fault that stops the walk."""
     mode = result.mode
     entry_size, shape = SHAPES[mode]
@@ -284,11 +286,13 @@ def _descend(
             result.fault = Fault(PF, 0, f"{name}[{index}] is not present", name)
             return
         leaf = name == "PT" or _large(mode, name, entry, cr4)
-        reserved = entry & _reserved(mode, name, leaf, nxe, phys_bits)
+        reserved = entry & _reserved(mode, name, leaf, nxe, phys_bits, gigapages)
         if reserved:
             reason = f"{name}[{index}] has reserved bits set: {reserved:#x}"
             if reserved == NX:
                 reason += " (NX, but EFER.NXE is 0)"
+            elif name == "PDPT" and reserved == PS:
+                reason += " (a 1 GiB page, which CPUID does not offer)"
             result.fault = Fault(PF, 9, reason, name)
             return
         if not (mode == "pae" and name == "PDPT"):  # those four have no rights
@@ -330,7 +334,7 @@ def _permit(result: Walk, cr0: int, cr4: int, nxe: bool, ac: bool) -> None:
 
 def walk_sregs(
     memory: Any, sregs: Any, gva: int, access: str = "r", *, user: bool | None = None,
-    ac: bool = False, phys_bits: int = 52,
+    ac: bool = False, phys_bits: int = 52, gigapages: bool = True,
 ) -> Walk:  # fmt: skip
     """``walk()`` with the control registers of ``sregs``; ``user`` defaults to SS.DPL = 3.
 
@@ -341,6 +345,7 @@ def walk_sregs(
     return walk(
         memory, gva, cr0=int(sregs.cr0), cr3=int(sregs.cr3), cr4=int(sregs.cr4),
         efer=int(sregs.efer), access=access, user=user, ac=ac, phys_bits=phys_bits,
+        gigapages=gigapages,
     )  # fmt: skip
 
 
