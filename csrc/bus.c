@@ -76,6 +76,12 @@ static int64_t word(const struct pykvm_access *access)
                      (uint64_t)access->slot << PYKVM_SLOT_SHIFT);
 }
 
+uint64_t pykvm_clock_read(const struct pykvm_clock *clock)
+{
+    unsigned __int128 ns = (unsigned __int128)(pykvm_now() - clock->start);
+    return (uint64_t)(ns * clock->hz / 1000000000);
+}
+
 static int64_t ask_python(struct pykvm_access *access, int64_t result)
 {
     access->pending = PYKVM_UNANSWERED;
@@ -115,6 +121,15 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
         if (write(range->fd, &one, sizeof one) < 0 && errno != EAGAIN)
             return ask_python(access, word(access));
         break;
+    case PYKVM_UART:
+        if (pykvm_uart_access(range->device, access->offset, access->data, access->size,
+                              access->is_write))
+            goto full;
+        return PYKVM_SERVED;
+    case PYKVM_CLOCK:
+        if (!access->is_write)
+            put(access, pykvm_clock_read(range->device) >> (8 * access->offset & 63));
+        return PYKVM_SERVED;
     case PYKVM_STOP:
         return ask_python(access, PYKVM_STOPPED);
     default:
@@ -135,6 +150,8 @@ int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu)
     struct pykvm_table *const *space = access->is_mmio ? &vcpu->mmio : &vcpu->pio;
     struct pykvm_table *table = __atomic_load_n(space, __ATOMIC_ACQUIRE);
     struct pykvm_range *range = find(table, access->address, &vcpu->hint[access->is_mmio]);
+    if (!range && table)
+        range = table->rest;
 
     for (; access->index < access->count; access->index++, access->data += access->size) {
         int first_try = access->pending != PYKVM_RETRY;

@@ -13,6 +13,7 @@
 
 #include "pykvm_kvm.h" /* made at build: linux/kvm.h, and the names that it is too old to have */
 
+#include <sched.h>
 #include <stdint.h>
 
 /* cdef: begin */
@@ -31,6 +32,8 @@ enum pykvm_action {
                        that is empty, answer the value */
     PYKVM_EVENTFD,  /* 1 is added to the eventfd `fd`; reads answer the value */
     PYKVM_STOP,     /* return to Python: PYKVM_STOPPED */
+    PYKVM_UART,     /* registers of the struct pykvm_uart `device` */
+    PYKVM_CLOCK,    /* reads answer the time of the struct pykvm_clock `device`; writes vanish */
 };
 
 /* One access as LOG writes it down; 32 bytes. */
@@ -66,6 +69,54 @@ int pykvm_ring_push(struct pykvm_ring *ring, const void *items, uint32_t count);
 /* Pop up to `max` items: how many. */
 uint32_t pykvm_ring_pop(struct pykvm_ring *ring, void *items, uint32_t max);
 
+/* ---- devices in C ---------------------------------------------------------------------------- */
+
+/*
+ * A 16550A UART.  Output goes to the ring `out`.  Input waits in `input`, whose items are a byte
+ * and, above it, the line status bits that come with it.  Registers are named as in the data sheet
+ * where they are plain; the others are made from what stands behind them.
+ */
+struct pykvm_uart {
+    uint32_t lock;     /* spin lock over all of it */
+    int32_t irq;       /* eventfd: 1 is added when the interrupt line rises; or -1 */
+    int32_t consumed;  /* eventfd: 1 is added when the last of the input was read; or -1 */
+    uint32_t capacity; /* items in `input`, a power of two */
+    struct pykvm_ring *out;
+    uint16_t *input;
+    uint64_t head; /* items ever put into `input` */
+    uint64_t tail; /* items ever read by the guest */
+    uint8_t flow_control; /* input waits until the guest raises RTS */
+    uint8_t ier;
+    uint8_t fcr;
+    uint8_t lcr;
+    uint8_t mcr;
+    uint8_t scratch;
+    uint8_t divisor_low;
+    uint8_t divisor_high;
+    uint8_t errors;   /* of LSR: since it was last read */
+    uint8_t deltas;   /* of MSR: since it was last read */
+    uint8_t emptied;  /* "transmitter holding register empty" is still to be told */
+    uint8_t line;     /* the interrupt line */
+    uint8_t rose;     /* it has risen since `irq` was last signalled */
+    uint8_t fifo_count; /* receiver FIFO: loopback only */
+    uint8_t fifo_first;
+    uint8_t fifo[16];
+};
+
+/* Input, from any thread: all of it, or -ENOSPC.  `errors`: LSR bits that come with each byte. */
+int pykvm_uart_input(struct pykvm_uart *uart, const uint8_t *bytes, uint32_t count, uint8_t errors);
+/* One access of the guest, at any width: 0, or -ENOSPC: `out` is full and nothing has happened. */
+int pykvm_uart_access(struct pykvm_uart *uart, uint64_t offset, uint8_t *data, uint8_t size,
+                      int is_write);
+
+/* A counter that runs on CLOCK_MONOTONIC. */
+struct pykvm_clock {
+    uint64_t hz;
+    int64_t start; /* ns: when it was 0 */
+};
+
+uint64_t pykvm_clock_read(const struct pykvm_clock *clock);
+
 /* ---- the bus: sorted ranges ------------------------------------------------------------------ */
 
 struct pykvm_range {
@@ -75,6 +126,7 @@ struct pykvm_range {
     struct pykvm_ring *out;
     struct pykvm_ring *in;
     uint64_t *hits; /* counts every access, whoever serves it */
+    void *device;   /* UART, CLOCK */
     int32_t fd;     /* EVENTFD */
     uint16_t slot;  /* of the Python handler, below PYKVM_SLOTS */
     uint8_t on_read;
@@ -85,6 +137,7 @@ struct pykvm_range {
 struct pykvm_table {
     uint32_t count;
     struct pykvm_range *ranges;
+    struct pykvm_range *rest; /* serves every address that no range has; or NULL */
 };
 
 /* ---- a vCPU ---------------------------------------------------------------------------------- */
@@ -231,5 +284,18 @@ int pykvm_bus_answer(struct pykvm_vcpu *vcpu, int64_t answer);
 /* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
 int64_t pykvm_now(void);
+
+/* Held for some tens of nanoseconds. */
+static inline void pykvm_spin_lock(uint32_t *lock)
+{
+    for (int spins = 0; __atomic_exchange_n(lock, 1, __ATOMIC_ACQUIRE); spins++)
+        if (spins > 100) /* the holder may have lost its core */
+            sched_yield();
+}
+
+static inline void pykvm_spin_unlock(uint32_t *lock)
+{
+    __atomic_store_n(lock, 0, __ATOMIC_RELEASE);
+}
 
 #endif

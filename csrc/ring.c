@@ -2,21 +2,8 @@
 #include "pykvm.h"
 
 #include <errno.h>
-#include <sched.h>
 #include <string.h>
 #include <unistd.h>
-
-static void lock(struct pykvm_ring *ring)
-{
-    for (int spins = 0; __atomic_exchange_n(&ring->lock, 1, __ATOMIC_ACQUIRE); spins++)
-        if (spins > 100) /* the holder may have lost its core */
-            sched_yield();
-}
-
-static void unlock(struct pykvm_ring *ring)
-{
-    __atomic_store_n(&ring->lock, 0, __ATOMIC_RELEASE);
-}
 
 /* Copy between the ring, from item number `at` on, and a flat buffer: two pieces at most. */
 static void copy(struct pykvm_ring *ring, uint64_t at, uint8_t *flat, uint32_t count, int in)
@@ -38,15 +25,15 @@ static void copy(struct pykvm_ring *ring, uint64_t at, uint8_t *flat, uint32_t c
 
 int pykvm_ring_push(struct pykvm_ring *ring, const void *items, uint32_t count)
 {
-    lock(ring);
+    pykvm_spin_lock(&ring->lock);
     uint64_t used = ring->head - ring->tail;
     if (count > ring->capacity - used) {
-        unlock(ring);
+        pykvm_spin_unlock(&ring->lock);
         return -ENOSPC;
     }
     copy(ring, ring->head, (uint8_t *)items, count, 1);
     ring->head += count;
-    unlock(ring);
+    pykvm_spin_unlock(&ring->lock);
     if (!used && ring->eventfd >= 0) {
         uint64_t one = 1;
         ssize_t ignored = write(ring->eventfd, &one, sizeof one); /* EAGAIN: already readable */
@@ -57,11 +44,11 @@ int pykvm_ring_push(struct pykvm_ring *ring, const void *items, uint32_t count)
 
 uint32_t pykvm_ring_pop(struct pykvm_ring *ring, void *items, uint32_t max)
 {
-    lock(ring);
+    pykvm_spin_lock(&ring->lock);
     uint64_t used = ring->head - ring->tail;
     uint32_t count = used < max ? (uint32_t)used : max;
     copy(ring, ring->tail, items, count, 0);
     ring->tail += count;
-    unlock(ring);
+    pykvm_spin_unlock(&ring->lock);
     return count;
 }

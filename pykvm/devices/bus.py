@@ -8,16 +8,19 @@ by an action in C, which costs no Python, or by a Python handler. The C loop rea
 from __future__ import annotations
 
 import os
+import time
 
 from pykvm._abi import ffi, lib
 from pykvm.devices.access import Access, MmioAccess, PioAccess
-from pykvm.devices.ring import KEEP_BYTES, Fifo, Log
+from pykvm.devices.ring import KEEP_BYTES, Fifo, Log, RingDevice
 from pykvm.errors import BusOverlapError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
+
+    from pykvm.devices.serial import Serial
 
     Handler = Callable[[Any], int | None]
     Slot = tuple[Handler, type[Access], int]
@@ -41,7 +44,8 @@ class Claim:
         on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
         value: what reads answer where the action does not say.
         handler: the Python handler, or None.
-        device: the :class:`Fifo`, :class:`Log` or eventfd number behind it, or None.
+        device: what is behind it: a :class:`Fifo`, :class:`Log`, ``Serial`` or :class:`Clock`, an
+            eventfd number, or None.
     """
 
     __slots__ = (
@@ -97,7 +101,35 @@ _ACTION_NAMES = {
     lib.PYKVM_FIFO: "fifo",
     lib.PYKVM_EVENTFD: "eventfd",
     lib.PYKVM_STOP: "stop",
+    lib.PYKVM_UART: "uart",
+    lib.PYKVM_CLOCK: "clock",
 }
+
+
+class Clock:
+    """A counter that runs at a fixed rate, from 0 when it was made.
+
+    Attributes:
+        hz: its rate.
+        c: the ``struct pykvm_clock``.
+    """
+
+    __slots__ = ("c", "hz")
+
+    def __init__(self, hz: int) -> None:
+        if not 0 < hz < 1 << 64:
+            raise ValueError(f"a clock runs at 1..{(1 << 64) - 1} Hz, not {hz}")
+        self.hz = hz
+        self.c = ffi.new("struct pykvm_clock *", {"hz": hz})
+        self.set(0)
+
+    def now(self) -> int:
+        """What a guest would read, without regard to the width."""
+        return int(lib.pykvm_clock_read(self.c))
+
+    def set(self, ticks: int) -> None:
+        """Have it show ``ticks`` now, and run on from there."""
+        self.c.start = time.monotonic_ns() - ticks * 1_000_000_000 // self.hz
 
 
 class Bus:
@@ -119,6 +151,7 @@ class Bus:
         self._slots = slots
         self._doorbell = doorbell
         self._claims: list[Claim] = []
+        self._rest: Claim | None = None
         self._vcpus: list[Any] = []
         self._alive: list[Any] = []  # every table that a running loop may still be reading
 
@@ -186,9 +219,65 @@ class Bus:
         self._claim(first, 1, lib.PYKVM_FIFO, lib.PYKVM_FIFO, empty, device=fifo)
         return fifo
 
-    def stop(self, first: int, length: int = 1, *, tag: str = "stopped") -> Claim:
-        """A write ends the run with reason ``tag`` and the written value as its code."""
-        return self._claim(first, length, lib.PYKVM_IGNORE, lib.PYKVM_STOP, tag=tag)
+    def stop(
+        self, first: int, length: int = 1, *, tag: str = "stopped", value: int | None = None
+    ) -> Claim:
+        """A write ends the run with reason ``tag`` and the written value as its code.
+
+        Reads answer ``value``, or all ones.
+        """
+        on_read = lib.PYKVM_IGNORE if value is None else lib.PYKVM_CONSTANT
+        return self._claim(first, length, on_read, lib.PYKVM_STOP, value or 0, tag=tag)
+
+    def clock(self, first: int, hz: int, length: int = 4) -> Claim:
+        """Reads answer a :class:`Clock` that ticks ``hz`` times a second, its low ``length`` bytes.
+
+        An access at an offset reads the bytes from there on. Writes vanish.
+        """
+        if not 1 <= length <= 8:
+            raise ValueError(f"a clock is 1..8 bytes wide, not {length}")
+        return self._claim(first, length, lib.PYKVM_CLOCK, lib.PYKVM_CLOCK, device=Clock(hz))
+
+    def uart(self, first: int, serial: Serial) -> Claim:
+        """The eight registers of a 16550A; ``Serial.attach`` calls this."""
+        return self._claim(first, 8, lib.PYKVM_UART, lib.PYKVM_UART, device=serial)
+
+    def unclaimed(
+        self,
+        action: str,
+        *,
+        sink: Callable[[Any], object] | None = None,
+        keep: int = KEEP_BYTES,
+    ) -> Claim | None:
+        """Say what an access does that no claim serves. What was said before is released.
+
+        Args:
+            action: ``"end"`` ends the run with reason "unclaimed", as it is at first; with
+                ``"ignore"`` it finds an empty bus: writes vanish, reads answer all ones; ``"log"``
+                is the same, and writes it down.
+            sink: of a log; is called with batches of records.
+            keep: of a log without a sink; how many bytes it keeps until they are read.
+
+        Returns:
+            The claim over all such addresses; it counts them, and of a log ``claim.device.read()``
+            gives the records. None for ``"end"``.
+        """
+        if action not in ("end", "ignore", "log"):
+            raise ValueError(f'unclaimed accesses "end", "ignore" or "log", not {action!r}')
+        if self._rest is not None:
+            self.release(self._rest)
+        if action == "end":
+            return None
+        if action == "ignore":
+            rest = Claim(self, 0, self._limit - 1, lib.PYKVM_IGNORE, lib.PYKVM_IGNORE)
+        else:
+            log = Log(sink=sink, keep=keep)
+            ones = (1 << 64) - 1
+            rest = Claim(self, 0, self._limit - 1, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
+        rest.slot = self._take_slot(rest)
+        self._rest = rest
+        self._changed()
+        return rest
 
     def eventfd(
         self, first: int, fd: int, *, size: int = 0, datamatch: int | None = None, value: int = 0
@@ -253,16 +342,19 @@ class Bus:
 
     def release(self, claim: Claim) -> None:
         """Give a range back. Idempotent."""
-        if claim not in self._claims:
+        if claim is self._rest:
+            self._rest = None
+        elif claim in self._claims:
+            self._claims.remove(claim)
+        else:
             return
         for size, datamatch in claim.in_kernel:
             assert self._doorbell is not None
             self._doorbell(claim, size, datamatch, False)
         claim.in_kernel.clear()
-        self._claims.remove(claim)
         self._slots[claim.slot] = (_free, self._kind, 0)
         self._changed()
-        if isinstance(claim.device, (Fifo, Log)):
+        if isinstance(claim.device, RingDevice):
             claim.device.close()
 
     # ---- looking up ----------------------------------------------------------------------------
@@ -272,7 +364,7 @@ class Bus:
         at = self._position(address + 1) - 1
         if at >= 0 and self._claims[at].first <= address <= self._claims[at].last:
             return self._claims[at]
-        return None
+        return self._rest
 
     def __iter__(self) -> Any:
         return iter(tuple(self._claims))
@@ -285,13 +377,17 @@ class Bus:
 
     def drain(self) -> None:
         """Empty every ring into its Python end."""
-        for claim in self._claims:
-            if isinstance(claim.device, (Fifo, Log)):
+        for claim in self._all():
+            if isinstance(claim.device, RingDevice):
                 claim.device.drain()
+
+    def _all(self) -> tuple[Claim, ...]:
+        """Every claim, that over unclaimed addresses last."""
+        return (*self._claims, self._rest) if self._rest else tuple(self._claims)
 
     def close(self) -> None:
         """Release every claim."""
-        for claim in tuple(self._claims):
+        for claim in self._all():
             claim.in_kernel.clear()  # they go with the VM's fd
             self.release(claim)
 
@@ -313,21 +409,30 @@ class Bus:
             self._alive = [*self._alive, fresh] if running else [fresh]
 
     def _build(self) -> Any:
-        ranges = ffi.new("struct pykvm_range[]", max(len(self._claims), 1))
-        for c, claim in zip(ranges, self._claims, strict=False):
+        claims = self._all()
+        ranges = ffi.new("struct pykvm_range[]", max(len(claims), 1))
+        for c, claim in zip(ranges, claims, strict=False):
             c.first, c.last, c.value = claim.first, claim.last, claim.value
             c.on_read, c.on_write, c.slot = claim.on_read, claim.on_write, claim.slot
             c.hits = claim._hits
-            if isinstance(claim.device, (Fifo, Log)):
+            if isinstance(claim.device, RingDevice):
                 c.out = claim.device.output.c
             if isinstance(claim.device, Fifo):
                 setattr(c, "in", claim.device.input.c)
             elif isinstance(claim.device, int):
                 c.fd = claim.device
+            elif claim.on_read in _IN_DEVICE:
+                c.device = claim.device.c
         table = ffi.new("struct pykvm_table *")
         table.count = len(self._claims)
         table.ranges = ranges
-        return table, ranges, tuple(self._claims)  # the claims keep hits and rings alive
+        if self._rest is not None:
+            table.rest = ranges + len(self._claims)
+        return table, ranges, claims  # the claims keep hits, rings and devices alive
+
+
+_IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK)
+"""Actions whose state is a C structure of the device's."""
 
 
 def _free(access: Access) -> int | None:

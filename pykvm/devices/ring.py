@@ -105,7 +105,29 @@ class Ring:
         return self._batch, lib.pykvm_ring_pop(self.c, self._batch, self._capacity)
 
 
-class Fifo:
+class RingDevice:
+    """What stands behind a range that fills a ring: the bus drains it and closes it.
+
+    Attributes:
+        output: the ring from the guest.
+    """
+
+    output: Ring
+
+    def drain(self) -> None:
+        """Take what is in the ring; called when it is full and at a run's end."""
+        raise NotImplementedError
+
+    def fileno(self) -> int:
+        """An eventfd for select(): readable when output turns from empty to non-empty."""
+        return self.output.fileno()
+
+    def close(self) -> None:
+        """Release the eventfds. Idempotent."""
+        self.output.close()
+
+
+class Fifo(RingDevice):
     """The Python end of a FIFO range: a UART's data register, a console port.
 
     What the guest writes is read with :meth:`read`; with a ``sink`` it is handed on in batches
@@ -164,13 +186,9 @@ class Fifo:
             del self._waiting[: len(piece)]
         self.input.c.more = bool(self._waiting)
 
-    def fileno(self) -> int:
-        """An eventfd for select(): readable when output turns from empty to non-empty."""
-        return self.output.fileno()
-
     def close(self) -> None:
         """Release the eventfds."""
-        self.output.close()
+        super().close()
         self.input.close()
 
 
@@ -206,7 +224,7 @@ class Records:
         return f"<{len(self)} records>"
 
 
-class Log:
+class Log(RingDevice):
     """The Python end of a LOG range: every access as a :class:`Record`."""
 
     def __init__(
@@ -247,11 +265,3 @@ class Log:
         data = bytes(self._kept) + self._pop()
         self._kept.clear()
         return Records(data)
-
-    def fileno(self) -> int:
-        """An eventfd for select(): readable when the log turns from empty to non-empty."""
-        return self.output.fileno()
-
-    def close(self) -> None:
-        """Release the eventfd."""
-        self.output.close()
