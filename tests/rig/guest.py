@@ -105,7 +105,7 @@ def qemu_command(machine: Machine, kernel: KernelImage, initramfs: Path, run: Pa
         *("-kernel", str(kernel.vmlinuz), "-initrd", str(initramfs)),
         "-append",
         # No watchdog may take a slow emulated CPU for a stuck one; a panic ends QEMU.
-        "console=ttyS0 quiet loglevel=4 panic=-1 nowatchdog mitigations=off no_timer_check "
+        "console=ttyS0 loglevel=6 panic=-1 nowatchdog mitigations=off no_timer_check "
         "tsc=reliable random.trust_cpu=on rcupdate.rcu_expedited=1",
         *("-chardev", f"file,id=console,path={_qemu_value(run / 'console.log')}"),
         *("-serial", "chardev:console"),
