@@ -11,8 +11,8 @@ from pykvm._typing import overload
 from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
 from pykvm.errors import ClosedError
-from pykvm.kvm import Kvm, new_cpuid2
-from pykvm.memory import GuestMemory
+from pykvm.kvm import Kvm
+from pykvm.memory import GuestMemory, parse_size
 from pykvm.result import RunResult
 from pykvm.vcpu_thread import NEVER, End, Runner
 
@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 
     from pykvm.devices.bus import Claim, Slot
     from pykvm.kvm import Vm
+    from pykvm.boot import BootPlan
+    from pykvm.console import Console
+    from pykvm.pc import Pc
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 MAX_CPUS = 288
+
+TSS_ADDR = 0xFFFBD000
+"""Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
 _supported_cpuid: dict[str, tuple[list[Any], Any]] = {}
 """What KVM_GET_SUPPORTED_CPUID answers, a constant of the host, by device path: the entries, and as
@@ -52,6 +58,7 @@ class Machine:
         irqchip: an in-kernel PIC, IOAPIC and LAPICs (KVM_CREATE_IRQCHIP). HLT then waits in the
             kernel and never exits, and vCPUs but the first wait for their start-up IPI.
         pit: an in-kernel i8254 timer; needs irqchip.
+        features: CPUID features to leave out, ``"-xsave,-avx"``, by their names in /proc/cpuinfo.
         cpuid: ``"host"`` for everything that KVM supports here, a list of
             ``struct kvm_cpuid_entry2``, or None for none at all.
         path: the KVM device.
@@ -59,6 +66,7 @@ class Machine:
     Attributes:
         memory: the :class:`~pykvm.memory.GuestMemory`; also ``m.mem``.
         cpus: the :class:`~pykvm.Cpu` objects; ``m.cpu`` is the first.
+        pc: the devices of a PC after :meth:`boot`, else None; ``m.console`` is its serial console.
         pio, mmio: the buses; their actions (``m.pio.fifo(0x3f8)``) need no Python per access.
         vm, kvm: the objects of :mod:`pykvm.kvm` below, for every other ioctl.
 
@@ -75,6 +83,7 @@ class Machine:
         cpus: int = 1,
         irqchip: bool = False,
         pit: bool = False,
+        features: str = "",
         cpuid: str | list[Any] | None = "host",
         path: str = "/dev/kvm",
     ) -> None:
@@ -89,13 +98,16 @@ class Machine:
         self._msrs: dict[int, Callable[[Any], object]] = {}
         self._closed = False
         self._irqchip = irqchip
+        self._features = features
+        self._ending: End | None = None
+        self.pc: Pc | None = None
         self.pio = Bus("pio", self._slots, self._doorbell)
         self.mmio = Bus("mmio", self._slots, self._doorbell)
         self.kvm = Kvm(path)
         try:
             self.vm: Vm = self.kvm.create_vm()
             try:
-                self.memory = memory if isinstance(memory, GuestMemory) else GuestMemory(memory)
+                self.memory = memory if isinstance(memory, GuestMemory) else _ram(memory)
                 self._populate(cpus, irqchip, pit, cpuid)
             except BaseException:
                 self.close()
@@ -110,7 +122,10 @@ class Machine:
             self.vm.create_irqchip()
         if pit:
             self.vm.create_pit2()
+        if irqchip:
+            self._prepare_for_intel()
         entries, for_first = self._cpuid(cpuid)
+        features = self._wanted_features()
         sync_regs = bool(self.kvm.check_extension("KVM_CAP_SYNC_REGS"))
         made = []
         for index in range(cpus):
@@ -126,19 +141,40 @@ class Machine:
             )
             self._runners.append(runner)
             if entries:
-                vcpu.set_cpuid2(_for_cpu(entries, index) if index else for_first)
+                if cpus == 1 and not features and not irqchip:
+                    vcpu.set_cpuid2(for_first)
+                else:
+                    from pykvm.cpu_model import prepare
+
+                    vcpu.set_cpuid2(
+                        prepare(entries, index, cpus, irqchip=irqchip, features=features)
+                    )
             made.append(Cpu(index, vcpu, runner, self.memory, entries))
         self.cpus = tuple(made)
 
+    def _prepare_for_intel(self) -> None:
+        """Where KVM may hide what Intel processors need for real mode (api.rst 4.36, 4.40)."""
+        if self.vm.check_extension("KVM_CAP_SET_TSS_ADDR"):
+            self.vm.set_tss_addr(TSS_ADDR)
+        if self.vm.check_extension("KVM_CAP_SET_IDENTITY_MAP_ADDR"):
+            self.vm.set_identity_map_addr(TSS_ADDR - 0x1000)
+
+    def _wanted_features(self) -> dict[str, bool]:
+        if not self._features:
+            return {}
+        from pykvm.cpu_model import parse_features
+
+        return parse_features(self._features)
+
     def _cpuid(self, cpuid: str | list[Any] | None) -> tuple[list[Any], Any]:
         if not isinstance(cpuid, str):
-            return cpuid or [], _for_cpu(cpuid or [], 0)
+            return cpuid or [], _alone(cpuid or [])
         if cpuid != "host":
             raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
         cached = _supported_cpuid.get(self.kvm.path)
         if cached is None:
             entries = self.kvm.get_supported_cpuid()
-            cached = _supported_cpuid[self.kvm.path] = entries, _for_cpu(entries, 0)
+            cached = _supported_cpuid[self.kvm.path] = entries, _alone(entries)
         return cached
 
     def _register(self, region: Any) -> None:
@@ -188,6 +224,65 @@ class Machine:
 
         with open(path, "rb") as file:
             return elf.load(self.memory, file.read())
+
+    def boot(
+        self,
+        kernel: str | os.PathLike[str] | bytes,
+        *,
+        initrd: Any = None,
+        cmdline: str = "console=ttyS0",
+        protocol: str = "auto",
+        kaslr: bool = False,
+        cache: Any = True,
+        system_map: str | os.PathLike[str] | None = None,
+        output: Callable[[bytes], object] | None = None,
+    ) -> BootPlan:
+        """Load a kernel and get ready to run it, on the devices of a PC.
+
+        ``run()`` then starts it; the machine needs ``irqchip=True`` and ``pit=True``.
+
+        Args:
+            kernel: bzImage, ELF vmlinux, PVH or multiboot image, as a path or bytes.
+            initrd: path or bytes; of multiboot its modules.
+            cmdline: the kernel's command line.
+            protocol: ``"auto"``, ``"bzimage"``, ``"vmlinux"``, ``"pvh"`` or ``"multiboot"``.
+            kaslr: let the image unpack and place itself, which is slower.
+            cache: keep unpacked kernels in the user's cache folder; or a folder.
+            system_map: the kernel's System.map, to name where it hangs.
+            output: called with what the console prints, in a thread of its own.
+
+        Returns:
+            What was loaded where.
+
+        Raises:
+            BootError: which field of which image is wrong, expected and found.
+        """
+        from pykvm.pc import boot
+
+        if not self._irqchip:
+            raise ValueError("boot() needs a Machine(irqchip=True, pit=True)")
+        if self.pc is not None:
+            raise ValueError("this machine was booted already: make another")
+        self.pc = boot(
+            self,
+            kernel,
+            initrd=initrd,
+            cmdline=cmdline,
+            protocol=protocol,
+            kaslr=kaslr,
+            cache=cache,
+            system_map=system_map,
+            output=output,
+        )
+        assert self.pc.plan is not None
+        return self.pc.plan
+
+    @property
+    def console(self) -> Console:
+        """The serial console of a booted machine."""
+        if self.pc is None:
+            raise ValueError("there is a console after boot()")
+        return self.pc.console
 
     # ---- handlers ------------------------------------------------------------------------------
 
@@ -355,10 +450,33 @@ class Machine:
             if cpu.ended:
                 return self._still_ended(cpu)
         before = sum(cpu._runner.c.exits for cpu in cpus)
-        start = time.perf_counter()
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
             deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(timeout * 1e9)
+        if self.pc is not None:
+            self.pc.run_begins()
+        began = time.monotonic()
+        try:
+            cpu, end = self._run(cpus, deadline, max_exits)
+        finally:
+            if self.pc is not None:
+                self.pc.run_ended()
+        seconds = time.monotonic() - began
+        exits = sum(cpu._runner.c.exits for cpu in cpus) - before
+        result = RunResult(
+            end.reason, exits=exits, seconds=seconds, exit=end.exit, code=end.code, cpu=cpu.index
+        )
+        if self.pc is not None:
+            result.timings = self.pc.timings(began)
+            if self.pc.panic and result.reason in (reasons.TIMEOUT, reasons.SHUTDOWN):
+                result.reason = reasons.PANIC  # how a panicked kernel comes to rest is its affair
+        self.pio.drain()
+        self.mmio.drain()
+        if end.reason != reasons.HALTED:
+            self._finish(result, cpu, cpus)
+        return result
+
+    def _run(self, cpus: list[Cpu], deadline: int, max_exits: int | None) -> tuple[Cpu, End]:
         if len(cpus) == 1:
             cpu = cpus[0]
             try:
@@ -369,21 +487,18 @@ class Machine:
             from pykvm.smp import run_together
 
             cpu, end = run_together(cpus, deadline, max_exits)
-        seconds = time.perf_counter() - start
-        exits = sum(cpu._runner.c.exits for cpu in cpus) - before
-        result = RunResult(
-            end.reason, exits=exits, seconds=seconds, exit=end.exit, code=end.code, cpu=cpu.index
-        )
-        self.pio.drain()
-        self.mmio.drain()
-        if end.reason != reasons.HALTED:
-            self._finish(result, cpu, cpus)
-        return result
+        ending, self._ending = self._ending, None
+        if end.reason == reasons.STOPPED and ending is not None:
+            end = ending
+        return cpu, end
 
     def _finish(self, result: RunResult, cpu: Cpu, cpus: list[Cpu]) -> None:
         """Say why, for every end but a plain halt."""
         if result.reason in (reasons.TIMEOUT, reasons.INTERRUPTED):
             result.cpus = tuple(each.state() for each in cpus)
+            if self.pc is not None:
+                for state in result.cpus:
+                    state.symbol = self.pc.symbol(state.rip)
         if result.reason in _FATAL:
             from pykvm.diagnose import explain
 
@@ -407,11 +522,17 @@ class Machine:
             cpu=cpu.index,
         )
 
-    def stop(self) -> None:
-        """End the run with reason "stopped": from a handler, or from any thread.
+    def stop(self, reason: str = reasons.STOPPED, code: int | None = None) -> None:
+        """End the run: from a handler, or from any thread.
 
         If nothing runs the next run ends at once.
+
+        Args:
+            reason: what ``result.reason`` will be; the first of several stops counts.
+            code: what ``result.code`` will be.
         """
+        if self._ending is None:
+            self._ending = End(reason, code=code)
         for runner in self._runners:
             runner.stop()
 
@@ -440,6 +561,8 @@ class Machine:
         self._closed = True
         for cpu in self.cpus:
             cpu.close()
+        if self.pc is not None:
+            self.pc.close()
         for runner in self._runners:
             runner.close()
         self.pio.close()
@@ -471,14 +594,19 @@ class Machine:
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
 
 
-def _for_cpu(entries: list[Any], index: int) -> Any:
-    """CPUID as vCPU ``index`` sees it: with its own APIC ID (SDM Vol. 2A, CPUID)."""
-    cpuid = new_cpuid2(entries)
-    for entry in cpuid.entries[0 : cpuid.nent]:
-        if entry.function == 1:
-            entry.ebx = entry.ebx & 0x00FFFFFF | (index & 0xFF) << 24
-        elif entry.function in (0xB, 0x1F):
-            entry.edx = index
-        elif entry.function == 0x8000001E:
-            entry.eax = index
-    return cpuid
+def _alone(entries: list[Any]) -> Any:
+    from pykvm.cpu_model import prepare
+
+    return prepare(entries, 0, 1, irqchip=False, features={})
+
+
+def _ram(size: int | str) -> GuestMemory:
+    """RAM from address 0, around the hole that a PC has below 4 GiB."""
+    if (size if isinstance(size, int) else parse_size(size)) <= 3 << 30:
+        return GuestMemory(size)
+    from pykvm.boot.layout import ram_ranges
+
+    memory = GuestMemory()
+    for gpa, length in ram_ranges(parse_size(size)):
+        memory.add(gpa, length)
+    return memory

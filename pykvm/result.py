@@ -31,9 +31,16 @@ UNCLAIMED = "unclaimed"
 OTHER_EXIT = "exit"
 """An exit that no hook handles, decoded in ``result.exit``."""
 
+POWER_OFF = "power-off"
+"""A booted machine switched itself off."""
+REBOOT = "reboot"
+"""A booted machine reset itself."""
+PANIC = "panic"
+"""A booted kernel panicked, as its console or the pvpanic device said."""
+
 REASONS = (
     HALTED, STOPPED, DEBUG_EXIT, TIMEOUT, LIMIT, INTERRUPTED, SHUTDOWN, FAILED_ENTRY,
-    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT,
+    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, POWER_OFF, REBOOT, PANIC,
 )  # fmt: skip
 
 
@@ -46,22 +53,33 @@ class CpuState:
         code: up to 16 bytes of guest memory there, b"" where nothing is mapped.
         halted: True if it sits in HLT.
         interrupts: the state of RFLAGS.IF; a halted vCPU without it never wakes again.
+        symbol: name and offset of the kernel's symbol there, or "".
     """
 
-    __slots__ = ("code", "halted", "index", "interrupts", "rip")
+    __slots__ = ("code", "halted", "index", "interrupts", "rip", "symbol")
 
-    def __init__(self, index: int, rip: int, code: bytes, halted: bool, interrupts: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        rip: int,
+        code: bytes,
+        halted: bool,
+        interrupts: bool,
+        symbol: str = "",
+    ) -> None:
         self.index = index
         self.rip = rip
         self.code = code
         self.halted = halted
         self.interrupts = interrupts
+        self.symbol = symbol
 
     def __repr__(self) -> str:
         doing = "halted" if self.halted else "running"
         flag = "IF=1" if self.interrupts else "IF=0"
+        where = f" <{self.symbol}>" if self.symbol else ""
         code = self.code.hex(" ") or "nothing mapped"
-        return f"cpu {self.index} {doing} at rip {self.rip:#x} {flag} [{code}]"
+        return f"cpu {self.index} {doing} at rip {self.rip:#x}{where} {flag} [{code}]"
 
 
 class RunResult:
@@ -76,10 +94,12 @@ class RunResult:
         code: the exit code, for "debug-exit" and stop ports, else None.
         cpu: index of the vCPU that ended the run.
         cpus: where every vCPU was, one :class:`CpuState` each, after "timeout" and "interrupted".
+        timings: of a booted machine, seconds from ``boot()`` to each phase: "read", "unpack",
+            "load", "first_instruction", "first_byte".
         error: the explanation as an exception, for the reasons that are failures, else None.
     """
 
-    __slots__ = ("code", "cpu", "cpus", "error", "exit", "exits", "reason", "seconds")
+    __slots__ = ("code", "cpu", "cpus", "error", "exit", "exits", "reason", "seconds", "timings")
 
     def __init__(
         self,
@@ -92,6 +112,7 @@ class RunResult:
         cpu: int = 0,
         cpus: tuple[CpuState, ...] = (),
         error: Exception | None = None,
+        timings: dict[str, float] | None = None,
     ) -> None:
         self.reason = reason
         self.exits = exits
@@ -101,11 +122,14 @@ class RunResult:
         self.cpu = cpu
         self.cpus = cpus
         self.error = error
+        self.timings = timings or {}
 
     @property
     def ok(self) -> bool:
-        """True if the guest came to an end of its own: halted, stopped, or debug-exit with 0."""
-        return self.reason in (HALTED, STOPPED) or (self.reason == DEBUG_EXIT and self.code == 0)
+        """True if the guest ended by itself: halted, stopped, powered off, debug-exit 0."""
+        return self.reason in (HALTED, STOPPED, POWER_OFF) or (
+            self.reason == DEBUG_EXIT and self.code == 0
+        )
 
     def check(self) -> Self:
         """Return self if :attr:`ok`; else raise what happened.

@@ -22,6 +22,8 @@ INTERNAL_ERROR = 5
 LIMIT = 6
 UNCLAIMED = 7
 OTHER_EXIT = 8
+REBOOT = 9
+PANIC = 10
 TIMEOUT = 124
 INTERRUPTED = 130
 BROKEN_PIPE = 141
@@ -29,7 +31,7 @@ GUEST = 200
 GUEST_LARGE = 255
 
 TABLE: tuple[tuple[str, str], ...] = (
-    (f"{OK}", "halted, stopped, or debug-exit with 0"),
+    (f"{OK}", "halted, stopped, powered off, or debug-exit with 0"),
     (f"{ERROR}", "pykvm could not do it: no KVM, no such guest, a malformed image, …"),
     (f"{USAGE}", "wrong usage of the command line"),
     (f"{SHUTDOWN}", "shutdown: a triple fault"),
@@ -38,6 +40,8 @@ TABLE: tuple[tuple[str, str], ...] = (
     (f"{LIMIT}", "limit: as many exits as --max-exits allows"),
     (f"{UNCLAIMED}", "unclaimed: a port or an address that nothing answers"),
     (f"{OTHER_EXIT}", "exit: another exit of KVM that nothing handles"),
+    (f"{REBOOT}", "reboot: a booted machine reset itself"),
+    (f"{PANIC}", "panic: a booted kernel panicked"),
     (f"{TIMEOUT}", "timeout, as of timeout(1)"),
     (f"{INTERRUPTED}", "interrupted by Ctrl-C (128 + SIGINT)"),
     (f"{BROKEN_PIPE}", "who read the output has left (128 + SIGPIPE)"),
@@ -58,6 +62,9 @@ _BY_REASON = {
     reasons.LIMIT: LIMIT,
     reasons.UNCLAIMED: UNCLAIMED,
     reasons.OTHER_EXIT: OTHER_EXIT,
+    reasons.POWER_OFF: OK,
+    reasons.REBOOT: REBOOT,
+    reasons.PANIC: PANIC,
     reasons.TIMEOUT: TIMEOUT,
     reasons.INTERRUPTED: INTERRUPTED,
 }

@@ -6,6 +6,7 @@ import click
 
 import pykvm
 
+from .boot import boot
 from .common import Cli, debug_option
 from .doctor import doctor
 from .guests import guests
@@ -23,6 +24,7 @@ def cli() -> None:
 
 
 cli.add_command(run)
+cli.add_command(boot)
 cli.add_command(guests)
 cli.add_command(doctor)
 

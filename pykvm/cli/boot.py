@@ -1,0 +1,219 @@
+"""``pykvm boot``: boot a kernel, its serial console on this terminal, its end in the exit code."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from pykvm import result as reasons
+
+from . import exitcodes
+from .common import (
+    Count,
+    Seconds,
+    Size,
+    debug_option,
+    device_option,
+    json_option,
+    write_json,
+)
+from .run import RunCommand
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.result import RunResult
+
+DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
+"""A console that is seen, and a panic that ends the run instead of waiting for somebody."""
+
+
+@click.command(cls=RunCommand)
+@click.argument("kernel", type=click.Path(exists=True, dir_okay=False))
+@click.option(
+    "--initrd", type=click.Path(exists=True, dir_okay=False), help="The initial RAM disk."
+)
+@click.option(
+    "--append",
+    metavar="TEXT",
+    default=DEFAULT_CMDLINE,
+    show_default=True,
+    help="The kernel's command line.",
+)
+@click.option("--memory", type=Size(), default="512M", show_default=True, help="RAM.")
+@click.option("--cpus", type=Count(1), default=1, show_default=True, help="Virtual processors.")
+@click.option(
+    "--cpu-features", default="", metavar="-A,-B", help="CPUID features to hide, -xsave,-avx."
+)
+@click.option(
+    "--protocol",
+    type=click.Choice(["auto", "bzimage", "vmlinux", "pvh", "multiboot"]),
+    default="auto",
+    show_default=True,
+    help="How to start the kernel.",
+)
+@click.option("--kaslr", is_flag=True, help="Let the image unpack and place itself (slower).")
+@click.option("--no-cache", is_flag=True, help="Do not keep the unpacked kernel.")
+@click.option("--system-map", type=click.Path(exists=True), help="Names for where it hangs.")
+@click.option("--timeout", type=Seconds(), metavar="S", help="Seconds to run. [default: any]")
+@click.option("--ioctls", metavar="[=FILE]", help="Print every ioctl, as strace would.")
+@click.option("-v", "--verbose", is_flag=True, help="Tell the phases and what they took.")
+@device_option
+@json_option
+@debug_option
+def boot(
+    kernel: str,
+    initrd: str | None,
+    append: str,
+    memory: int,
+    cpus: int,
+    cpu_features: str,
+    protocol: str,
+    kaslr: bool,
+    no_cache: bool,
+    system_map: str | None,
+    timeout: float | None,
+    ioctls: str | None,
+    verbose: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Boot a kernel: bzImage, ELF vmlinux, PVH or multiboot image.
+
+    The serial console is on standard output and input, raw if that is a terminal; there Ctrl-A x
+    quits, Ctrl-A b sends a BREAK. The end of the run is told on standard error and by the exit
+    code.
+    """
+    from contextlib import nullcontext
+
+    from pykvm.machine import Machine
+
+    from .run import _trace
+    from .terminal import Terminal
+
+    began = time.monotonic()
+    output = _Output(None if as_json else sys.stdout.fileno())
+    with nullcontext() if ioctls is None else _trace(ioctls):
+        try:
+            m = Machine(
+                memory, cpus=cpus, irqchip=True, pit=True, features=cpu_features, path=device
+            )
+        except ValueError as error:
+            raise click.UsageError(str(error)) from error
+        with m:
+            plan = m.boot(
+                kernel,
+                initrd=initrd,
+                cmdline=append,
+                protocol=protocol,
+                kaslr=kaslr,
+                cache=not no_cache,
+                system_map=system_map,
+                output=output,
+            )
+            if verbose:
+                for line in [repr(plan), *plan.notes]:
+                    click.echo(f"pykvm: {line}", err=True)
+                click.echo(f"pykvm: ready after {time.monotonic() - began:.3f} s", err=True)
+            commands = {b"x": m.stop, b"b": m.console.send_break}
+            with Terminal(m.console.write, commands):
+                result = m.run(timeout)
+            panic, lines = m.pc.panic if m.pc is not None else "", m.console.lines(10)
+    if as_json:
+        write_json(_describe(kernel, result, panic, b"".join(output.kept)))
+    else:
+        output.close_line()
+        _tell(kernel, result, panic, lines, verbose)
+    if output.error is not None:
+        raise output.error
+    raise click.exceptions.Exit(exitcodes.exit_code(result))
+
+
+class _Output:
+    """Standard output as it comes, or kept for JSON. What fails is told at the end."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        self._last = b""
+        self.kept: list[bytes] = []
+        self.error: OSError | None = None
+
+    def __call__(self, data: bytes) -> None:
+        self._last = data[-1:]
+        if self._fd is None:
+            self.kept.append(data)
+            return
+        while data and self.error is None:
+            try:
+                data = data[os.write(self._fd, data) :]
+            except BlockingIOError:
+                select.select([], [self._fd], [])
+            except OSError as error:
+                self.error = error
+
+    def close_line(self) -> None:
+        """On a terminal, keep our closing line apart from a last line that has no end."""
+        if self._last not in (b"", b"\n") and sys.stdout.isatty():
+            click.echo(err=True)
+
+
+def _tell(kernel: str, result: RunResult, panic: str, lines: list[str], verbose: bool) -> None:
+    name = os.path.basename(kernel)
+    click.echo(f"pykvm: {name}: {result.reason} after {result.seconds:.3g} s", err=True)
+    if panic:
+        click.echo(f"  {panic}", err=True)
+    for cpu in result.cpus:
+        click.echo(f"  {cpu!r}", err=True)
+    if result.reason in (reasons.TIMEOUT, reasons.INTERRUPTED) and lines:
+        click.echo("  the console's last lines:", err=True)
+        for line in lines:
+            click.echo(f"  | {line}", err=True)
+    if result.reason in _EXPLAINED:
+        click.echo(str(result.error), err=True)
+        _advise(result)
+    if verbose:
+        phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
+        click.echo(f"pykvm: {phases}; {result.exits} exits", err=True)
+
+
+def _advise(result: RunResult) -> None:
+    """A KVM that emulates ring 0 cannot run a stock kernel, whatever failed first."""
+    if result.reason == reasons.INTERNAL_ERROR:
+        click.echo(
+            "pykvm: this KVM may not be able to run stock kernels at all: see `pykvm doctor`,"
+            " “stock Linux”",
+            err=True,
+        )
+
+
+_EXPLAINED = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
+
+
+def _describe(kernel: str, result: RunResult, panic: str, console: bytes) -> dict[str, Any]:
+    return {
+        "kernel": kernel,
+        "reason": result.reason,
+        "code": result.code,
+        "exit_code": exitcodes.exit_code(result),
+        "panic": panic,
+        "exits": result.exits,
+        "seconds": result.seconds,
+        "timings": result.timings,
+        "cpus": [
+            {
+                "index": cpu.index,
+                "rip": cpu.rip,
+                "symbol": cpu.symbol,
+                "halted": cpu.halted,
+                "interrupts": cpu.interrupts,
+            }
+            for cpu in result.cpus
+        ],
+        "error": None if result.error is None else str(result.error),
+        "console": console.decode("utf-8", "surrogateescape"),
+    }

@@ -1,0 +1,211 @@
+"""The serial console of a booted machine, from the host's side: read, type, expect, keep.
+
+The guest's bytes arrive in a ring in C; a pump takes them out when its eventfd says so, keeps the
+last of them as the transcript, and hands them on.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+
+from pykvm.errors import PykvmError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Protocol
+
+    class Serial(Protocol):
+        """What a console needs of the UART below."""
+
+        @property
+        def room(self) -> int:
+            """Bytes that write() would take now."""
+
+        def read(self) -> bytes:
+            """Take what the guest printed."""
+
+        def write(self, data: bytes) -> None:
+            """Queue input, at most ``room`` bytes."""
+
+        def send_break(self) -> None:
+            """A BREAK on the line."""
+
+        def fileno(self) -> int:
+            """Readable when there is output."""
+
+        def input_fileno(self) -> int:
+            """Readable when all input was read."""
+
+
+TRANSCRIPT_BYTES = 1 << 20
+"""How much of the guest's output is kept, by default."""
+
+
+class ExpectError(PykvmError):
+    """The console did not show what was waited for.
+
+    Attributes:
+        tail: the last bytes that it did show.
+    """
+
+    def __init__(self, message: str, tail: bytes) -> None:
+        super().__init__(message)
+        self.tail = tail
+
+
+class Console:
+    """What a guest prints, and what it is typed.
+
+    Args:
+        serial: the UART.
+        output: called with bytes as they come, in the pump's thread; None to only keep them.
+        watch: called with bytes as they come as well, before ``output``.
+        keep: bytes of the transcript.
+
+    Attributes:
+        first_byte: time.monotonic() of the first byte, or 0.0.
+    """
+
+    def __init__(
+        self,
+        serial: Serial,
+        *,
+        output: Callable[[bytes], object] | None = None,
+        watch: Callable[[bytes], object] | None = None,
+        keep: int = TRANSCRIPT_BYTES,
+    ) -> None:
+        self.first_byte = 0.0
+        self._serial = serial
+        self._output = output
+        self._watch = watch
+        self._keep = keep
+        self._kept = bytearray()
+        self._total = 0  # bytes ever printed; the transcript ends there
+        self._seen = 0  # up to where expect() has matched
+        self._typed = bytearray()
+        self._change = threading.Condition()
+        self._ended = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._thread: threading.Thread | None = None
+
+    @property
+    def transcript(self) -> bytes:
+        """The last ``keep`` bytes that the guest printed."""
+        with self._change:
+            return bytes(self._kept)
+
+    def lines(self, count: int = 10) -> list[str]:
+        """The last lines of the transcript, decoded for reading."""
+        return self.transcript.decode("utf-8", "replace").splitlines()[-count:]
+
+    def write(self, data: bytes) -> None:
+        """Type: bytes the guest will read, as soon as its UART has room; any amount."""
+        with self._change:
+            self._typed += data
+        os.eventfd_write(self._wake, 1)
+
+    def send_break(self) -> None:
+        """A BREAK on the line: Linux takes the next key as a magic SysRq."""
+        self._serial.send_break()
+
+    def expect(self, pattern: bytes, timeout: float | None = None) -> bytes:
+        """Wait until the guest prints ``pattern``, looking from where the last match ended.
+
+        Args:
+            pattern: plain bytes, or a compiled ``re`` pattern over bytes.
+            timeout: seconds; None to wait as long as the guest runs.
+
+        Returns:
+            Everything from the last match up to and including this one.
+
+        Raises:
+            ExpectError: the time is over, or the run ended first; with what was there instead.
+        """
+        find = pattern.search if hasattr(pattern, "search") else None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with self._change:
+            while True:
+                start = len(self._kept) - (self._total - self._seen)
+                fresh = bytes(self._kept[max(start, 0) :])
+                if find is not None:
+                    match = find(fresh)
+                    end = match.end() if match else -1
+                else:
+                    at = fresh.find(pattern)
+                    end = at + len(pattern) if at >= 0 else -1
+                if end >= 0:
+                    self._seen = self._total - (len(fresh) - end)
+                    return fresh[:end]
+                left = None if deadline is None else deadline - time.monotonic()
+                if self._ended or (left is not None and left <= 0):
+                    why = "the run ended" if self._ended else f"{timeout} s passed"
+                    tail = fresh[-400:]
+                    raise ExpectError(f"{why} before {pattern!r} came; last: {tail!r}", tail)
+                self._change.wait(left)
+
+    # ---- the pump ------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Pump from now on, in a thread."""
+        if self._thread is None:
+            self._ended = False
+            self._thread = threading.Thread(target=self._pump, name="console", daemon=True)
+            self._thread.start()
+
+    def stop(self) -> None:
+        """Pump what is left, then no more. What waits to be typed stays for the next start."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._ended = True
+            os.eventfd_write(self._wake, 1)
+            thread.join()
+        self._take()
+        with self._change:
+            self._ended = True
+            self._change.notify_all()
+
+    def close(self) -> None:
+        """Stop, and give the eventfd back. Idempotent."""
+        self.stop()
+        if self._wake >= 0:
+            os.close(self._wake)
+            self._wake = -1
+
+    def _pump(self) -> None:
+        poll = select.poll()
+        poll.register(self._serial.fileno(), select.POLLIN)
+        poll.register(self._serial.input_fileno(), select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while not self._ended:
+            for fd, _ in poll.poll():
+                if fd != self._serial.fileno():
+                    os.eventfd_read(fd)
+            self._take()
+            self._type()
+
+    def _take(self) -> None:
+        data = self._serial.read()
+        if not data:
+            return
+        if not self.first_byte:
+            self.first_byte = time.monotonic()
+        with self._change:
+            self._kept += data
+            self._total += len(data)
+            del self._kept[: max(len(self._kept) - self._keep, 0)]
+            self._change.notify_all()
+        if self._watch is not None:
+            self._watch(data)
+        if self._output is not None:
+            self._output(data)
+
+    def _type(self) -> None:
+        with self._change:
+            piece = bytes(self._typed[: self._serial.room])
+            del self._typed[: len(piece)]
+        if piece:
+            self._serial.write(piece)

@@ -1,0 +1,233 @@
+"""A PC around a machine: what a stock kernel expects to find, and how its end is noticed.
+
+``Machine.boot()`` builds one. Interrupts: COM1 raises GSI 4 through an irqfd, so that neither its
+data nor its interrupts need Python; ACPI raises GSI 9.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+
+from pykvm import boot as loaders
+from pykvm import kvm
+from pykvm import result as reasons
+from pykvm.arch.x86_64 import pc as places
+from pykvm.arch.x86_64.acpi import build_acpi
+from pykvm.console import Console
+from pykvm.devices.cmos import Cmos
+from pykvm.devices.i8042 import I8042
+from pykvm.devices.pci_none import PciNone
+from pykvm.devices.pm import PowerManagement
+from pykvm.devices.post import PostCode
+from pykvm.devices.pvpanic import Pvpanic
+from pykvm.devices.reset import FastA20, ResetControl
+from pykvm.devices.serial import Serial
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pykvm.boot import BootPlan
+    from pykvm.machine import Machine
+
+PANIC = b"Kernel panic - not syncing"
+PANIC_END = b"---[ end Kernel panic"
+PANIC_GRACE = 2.0
+"""Seconds that a kernel has to print the rest after it said that it panics."""
+
+
+class PanicWatch:
+    """Looks for a kernel's panic in what it prints. Called with batches, in the console's thread.
+
+    A line of the kernel's log begins at the start of a line, maybe behind a time stamp; a program
+    in the guest could print the same, which only fools its owner.
+    """
+
+    def __init__(self, panicked: Callable[[str], object], ended: Callable[[], object]) -> None:
+        self._panicked = panicked
+        self._ended = ended
+        self._line = bytearray()
+        self.message = ""
+
+    def __call__(self, data: bytes) -> None:
+        """Take the next bytes."""
+        *lines, rest = bytes(self._line + data).split(b"\n")
+        self._line = bytearray(rest[-512:])
+        for line in lines:
+            if PANIC in line and not self.message:
+                self.message = line.decode("utf-8", "replace").strip()
+                self._panicked(self.message)
+            elif PANIC_END in line and self.message:
+                self._ended()
+
+
+class Pc:
+    """The devices of a PC, attached to a machine with an in-kernel irqchip.
+
+    Attributes:
+        serial: COM1.
+        console: what it prints and is typed.
+        panic: what the kernel said when it panicked, or "".
+        plan: what was booted, or None.
+    """
+
+    def __init__(self, machine: Machine, output: Callable[[bytes], object] | None = None) -> None:
+        self._machine = machine
+        self.panic = ""
+        self.plan: BootPlan | None = None
+        self.started = time.monotonic()
+        self.system_map: str | os.PathLike[str] | None = None
+        self._grace: threading.Timer | None = None
+        self._irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        try:
+            vm = machine.vm
+            vm.set_gsi_routing(
+                [kvm.irqchip_route(gsi, _CHIPS[chip], pin) for gsi, chip, pin in places.GSI_ROUTES]
+            )
+            vm.irqfd(self._irq, places.COM1_GSI)
+            self.serial = Serial(irq=self._irq, flow_control=True)
+            self._watch = PanicWatch(self._on_panic, self._after_panic)
+            self.console = Console(self.serial, output=output, watch=self._watch)
+            self._attach(machine)
+        except BaseException:
+            os.close(self._irq)
+            raise
+
+    def _attach(self, machine: Machine) -> None:
+        pio = machine.pio
+        below = sum(r.memory_size for r in machine.memory.regions if r.guest_phys_addr < 1 << 32)
+        self.serial.attach(pio, places.COM1)
+        Cmos(
+            memory_below_4g=below,
+            memory_above_4g=machine.memory.size - below,
+            cpus=len(machine.cpus),
+        ).attach(pio, 0x70)
+        I8042(self._on_reset).attach(pio, 0x60)
+        PciNone().attach(pio, 0xCF8)
+        ResetControl(self._on_reset).attach(pio, places.RESET)
+        FastA20(self._on_reset).attach(pio, 0x92)
+        PostCode().attach(pio, 0x80)
+        Pvpanic(self._on_pvpanic).attach(pio, 0x505)
+        self._pm = PowerManagement(
+            self._on_power_off, on_sci=lambda level: machine.vm.irq_line(places.SCI_GSI, level)
+        )
+        self._pm.attach(pio, places.PM_BASE)
+        pio.unclaimed("ignore")
+        machine.mmio.unclaimed("ignore")
+
+    # ---- how it ends ---------------------------------------------------------------------------
+
+    def _on_reset(self, how: str) -> None:
+        self._machine.stop(reasons.PANIC if self.panic else reasons.REBOOT)
+
+    def _on_power_off(self, sleep_type: int) -> None:
+        self._machine.stop(reasons.POWER_OFF)
+
+    def _on_pvpanic(self, event: str) -> None:
+        self.panic = self.panic or f"the guest's pvpanic driver reported {event}"
+        self._after_panic()
+
+    def _on_panic(self, message: str) -> None:
+        self.panic = message
+        self._grace = threading.Timer(PANIC_GRACE, self._after_panic)
+        self._grace.daemon = True
+        self._grace.start()
+
+    def _after_panic(self) -> None:
+        self._machine.stop(reasons.PANIC)
+
+    def press_power_button(self) -> None:
+        """Ask the guest to power off, as the button does (an ACPI event)."""
+        self._pm.press_power_button()
+
+    # ---- around a run --------------------------------------------------------------------------
+
+    def run_begins(self) -> None:
+        """The console is pumped while the machine runs."""
+        self.console.start()
+
+    def run_ended(self) -> None:
+        """Everything that was printed is in the transcript now."""
+        self.console.stop()
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace.join()
+            self._grace = None
+
+    def timings(self, run_began: float) -> dict[str, float]:
+        """Seconds of each phase of a boot, from ``Machine.boot()`` on."""
+        phases = dict(self.plan.timings) if self.plan is not None else {}
+        phases["first_instruction"] = run_began - self.started
+        if self.console.first_byte:
+            phases["first_byte"] = self.console.first_byte - self.started
+        return phases
+
+    def symbol(self, address: int) -> str:
+        """``name+0x12`` for an address of the kernel, or "" without its symbols."""
+        from pykvm.symbols import Symbols
+
+        if self.system_map is not None:
+            return Symbols.of_system_map(self.system_map).name(address)
+        if self.plan is not None and self.plan.symbols:
+            return Symbols(self.plan.symbols).name(address)
+        return ""
+
+    def close(self) -> None:
+        """Give back what is ours; the claims go with the machine's buses."""
+        self.console.close()
+        self.serial.close()
+        if self._irq >= 0:
+            os.close(self._irq)
+            self._irq = -1
+
+
+_CHIPS = {
+    "pic-master": kvm.KVM_IRQCHIP_PIC_MASTER,
+    "pic-slave": kvm.KVM_IRQCHIP_PIC_SLAVE,
+    "ioapic": kvm.KVM_IRQCHIP_IOAPIC,
+}
+
+
+def boot(
+    machine: Machine,
+    kernel: Any,
+    *,
+    initrd: Any = None,
+    cmdline: str = "console=ttyS0",
+    protocol: str = "auto",
+    kaslr: bool = False,
+    cache: Any = True,
+    system_map: str | os.PathLike[str] | None = None,
+    output: Callable[[bytes], object] | None = None,
+) -> Pc:
+    """Load a kernel into a machine and make its first vCPU ready to start it.
+
+    See ``Machine.boot``, which calls this.
+    """
+    pc = Pc(machine, output)
+    try:
+        acpi = build_acpi(cpus=len(machine.cpus), base=places.ACPI_BASE)
+        pc.plan = plan = loaders.load(
+            machine.memory,
+            kernel,
+            initrd=initrd,
+            cmdline=cmdline,
+            protocol=protocol,
+            kaslr=kaslr,
+            cache=cache,
+            rsdp_gpa=acpi.rsdp,
+        )
+        if machine.memory.covers(acpi.base, len(acpi.blob)):
+            acpi.write(machine.memory)
+        cpu = machine.cpu
+        cpu.enter(plan.mode, plan.entry, tables=plan.tables)
+        for name, value in plan.registers.items():
+            setattr(cpu, name, value)
+        pc.system_map = system_map
+    except BaseException:
+        pc.close()
+        raise
+    return pc
