@@ -217,7 +217,7 @@ def test_stub_declares_the_functions_of_the_module() -> None:
     functions = {name for name in dir(lib) if name.startswith("pykvm_")}
     assert set(declared) == functions
     for name, parameters in declared.items():
-        count = len([part for part in parameters.split(",") if part.strip(" /")])
+        count = len([part for part in parameters.split(",") if part.strip(" /\n")])
         assert count == len(ffi.typeof(ffi.addressof(lib, name)).args), name
 
 

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from pykvm import result as reasons
 from pykvm._abi import ffi, lib
@@ -210,66 +211,72 @@ _values = {
     LCR: st.sampled_from([3, 3, 3, 0x80, 0x83, 0xBF]),
     MCR: st.sampled_from([0, 2, 3, 0xB, 0x10, 0x1A, 0x1F, 0xFF]),
 }
-_operations = st.lists(
-    st.one_of(
-        st.tuples(st.just("read"), st.integers(0, 7)),
-        st.integers(0, 7).flatmap(
-            lambda n: st.tuples(st.just("write"), st.just(n), _values.get(n, st.integers(0, 255)))
-        ),
-        st.tuples(st.just("input"), st.binary(min_size=1, max_size=20)),
-        st.tuples(st.just("break")),
-        st.tuples(st.just("state")),
-    ),
-    max_size=80,
+_writes = st.integers(0, 7).flatmap(
+    lambda offset: st.tuples(st.just(offset), _values.get(offset, st.integers(0, 255)))
 )
 
 
-@settings(max_examples=300)
-@given(operations=_operations, flow_control=st.booleans())
-def test_every_register_answers_as_the_model_does(
-    operations: list[tuple[Any, ...]], flow_control: bool
-) -> None:
-    wire = Wire(capacity=ROOM, flow_control=flow_control)
-    try:
-        _compare(wire, Model(ROOM, flow_control), operations, flow_control)
-    finally:
-        wire.close()
+class RegistersAgainstModel(RuleBasedStateMachine):
+    """Whatever a guest and its user do, in any order: answers, edges and bytes are the model's."""
+
+    @initialize(flow_control=st.booleans())
+    def start(self, flow_control: bool) -> None:
+        self.flow_control = flow_control
+        self.wire = Wire(capacity=ROOM, flow_control=flow_control)
+        self.model = Model(ROOM, flow_control)
+
+    @rule(offset=st.integers(0, 7))
+    def read(self, offset: int) -> None:
+        assert inb(self.wire.serial, offset) == self.model.read(offset)
+
+    @rule(write=_writes)
+    def write(self, write: tuple[int, int]) -> None:
+        offset, value = write
+        serial, model = self.wire.serial, self.model
+        done = access(serial, offset, bytes([value])) is not None
+        assert done == model.write(offset, value)
+        if not done:  # as the run loop has it: drain, and try again
+            self.look_at_output()
+            out(serial, offset, value)
+            model.write(offset, value)
+
+    @rule(data=st.binary(min_size=1, max_size=20))
+    def type(self, data: bytes) -> None:
+        self.wire.serial.write(data)
+        self.model.input(data, 0)
+
+    @rule()
+    def send_break(self) -> None:
+        self.wire.serial.send_break()
+        self.model.input(b"\0", 0x10)
+
+    @rule()
+    def another_takes_over(self) -> None:
+        state = json.loads(json.dumps(self.wire.serial.state()))
+        serial = Serial(irq=self.wire.fd, capacity=ROOM, flow_control=self.flow_control)
+        serial.restore(state)
+        self.wire.serial.close()
+        self.wire.serial = serial
+
+    @rule()
+    def look_at_output(self) -> None:
+        assert self.wire.serial.read() == self.model.sent
+        self.model.sent = b""
+
+    @invariant()
+    def edges(self) -> None:
+        if hasattr(self, "wire"):
+            assert self.wire.edges() == self.model.edges
+            assert self.wire.serial.pending == len(self.model.line)
+            self.model.edges = 0
+
+    def teardown(self) -> None:
+        if hasattr(self, "wire"):
+            self.wire.close()
 
 
-def _compare(
-    wire: Wire, model: Model, operations: list[tuple[Any, ...]], flow_control: bool
-) -> None:
-    serial = wire.serial
-    for operation in operations:
-        match operation:
-            case ("read", offset):
-                assert inb(serial, offset) == model.read(offset), operation
-            case ("write", offset, value):
-                done = access(serial, offset, bytes([value])) is not None
-                assert done == model.write(offset, value), operation
-                if not done:  # as the run loop has it: drain, and try again
-                    assert serial.read() == model.sent
-                    model.sent = b""
-                    out(serial, offset, value)
-                    model.write(offset, value)
-            case ("input", data):
-                serial.write(data)
-                model.input(data, 0)
-            case ("break",):
-                serial.send_break()
-                model.input(b"\0", 0x10)
-            case ("state",):  # another port takes over, and nobody notices
-                state = json.loads(json.dumps(serial.state()))
-                serial = Serial(irq=wire.fd, capacity=ROOM, flow_control=flow_control)
-                serial.restore(state)
-                wire.serial.close()
-                wire.serial = serial
-                assert serial.read() == model.sent
-                model.sent = b""
-        assert wire.edges() == model.edges, operation
-        model.edges = 0
-        assert serial.pending == len(model.line)
-    assert serial.read() == model.sent
+RegistersAgainstModel.TestCase.settings = settings(max_examples=150, stateful_step_count=80)
+TestRegistersAgainstModel = RegistersAgainstModel.TestCase
 
 
 # ---- as Linux's 8250 driver goes about it (drivers/tty/serial/8250/8250_port.c) ----------------
