@@ -1,41 +1,22 @@
-"""Put guest images into guest memory: flat binaries and static ELF executables.
+"""Put kernels into guest memory: Linux, PVH, multiboot, static ELF executables, flat binaries.
 
-Nothing here knows KVM. Memory is anything that has the two methods of ``Memory``, which
-``pykvm.memory.GuestMemory`` does.
+Nothing here knows KVM: a loader gets guest memory, checks the image before it writes the first
+byte, and returns a plain description of how to enter it.
+
+- ``load``      any kernel, with initrd and command line: a ``BootPlan``
+- ``layout``    every address, explained
+- ``linux``     bzImage and vmlinux by Linux's 64-bit boot protocol; ``params`` is its zero page
+- ``bzimage``   the file's header; ``unpack`` its payload; ``cache`` keeps what was unpacked
+- ``pvh``       by a Xen note; ``multiboot`` by multiboot 1
+- ``elf``       ELF files themselves; ``flat`` bytes at an address
+- ``e820``      the memory map that all of them pass on
+- ``placement`` who gets which addresses; ``image`` what goes there
 """
 
 from __future__ import annotations
 
-from pykvm.errors import BootError
+from pykvm.boot import layout
+from pykvm.boot.loader import load
+from pykvm.boot.plan import BootPlan
 
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import Protocol
-
-    Buffer = bytes | bytearray | memoryview
-
-    class Memory(Protocol):
-        """What a loader needs of guest memory."""
-
-        def covers(self, gpa: int, length: int) -> bool:
-            """Whether all of it is RAM."""
-
-        def load(self, gpa: int, data: Buffer) -> None:
-            """Copy bytes in, into read-only regions too."""
-
-
-_ZEROS = 1 << 20
-
-
-def require_ram(mem: Memory, gpa: int, length: int, what: str) -> None:
-    """Raise BootError unless ``length`` bytes at ``gpa`` are RAM."""
-    if not mem.covers(gpa, length):
-        raise BootError(
-            f"{what}: expected RAM at {gpa:#x}..{gpa + length - 1:#x}, found a hole in {mem!r}"
-        )
-
-
-def zero(mem: Memory, gpa: int, length: int) -> None:
-    """Zero ``length`` bytes, in pieces, so that a large .bss needs no buffer of its size."""
-    for offset in range(0, length, _ZEROS):
-        mem.load(gpa + offset, bytes(min(_ZEROS, length - offset)))
+__all__ = ["BootPlan", "layout", "load"]

@@ -12,11 +12,13 @@ import itertools
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
-from pykvm.boot import require_ram, zero
+from pykvm.boot.ram import require_ram, zero
 from pykvm.errors import BootError
 
 if TYPE_CHECKING:
-    from pykvm.boot import Buffer, Memory
+    from collections.abc import Iterator
+
+    from pykvm.boot.ram import Buffer, Memory
 
 MAGIC = b"\x7fELF"
 
@@ -34,7 +36,8 @@ _TYPES = {
     4: "ET_CORE, a core dump",
 }
 _ET_EXEC = 2
-_PT_LOAD, _PT_INTERP = 1, 3
+_PT_LOAD, _PT_INTERP, _PT_NOTE = 1, 3, 4
+_NOTE = struct.Struct("<III")
 _SHT_SYMTAB = 2
 _SHN_UNDEF = 0
 _STT_SECTION, _STT_FILE = 3, 4
@@ -95,6 +98,19 @@ class ElfImage:
         if self._symbols is None:
             self._symbols = _symbols(self.data, self.bits)
         return self._symbols
+
+    def notes(self) -> Iterator[tuple[bytes, int, bytes]]:
+        """Yield (name without its NUL, type, descriptor) of each note in the PT_NOTE segments.
+
+        Raises BootError for a note that does not fit into its segment.
+        """
+        fields = _EHDR[self.bits].unpack_from(self.data)
+        view = memoryview(self.data)
+        for _, p_type, _, p_offset, _, _, p_filesz, _, p_align in _program_headers(
+            self.data, self.bits, fields[5], fields[10]
+        ):
+            if p_type == _PT_NOTE:
+                yield from _notes(view[p_offset : p_offset + p_filesz], p_filesz, p_align)
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{s.gpa:#x}+{s.size:#x}" for s in self.segments)
@@ -190,15 +206,50 @@ def _check_ident(data: Buffer) -> int:
     return 32 * ident[4]
 
 
+def _program_headers(
+    data: Buffer, bits: int, offset: int, count: int
+) -> Iterator[tuple[int, int, int, int, int, int, int, int, int]]:
+    """Yield index and fields of the program headers, in ELF64's order for both classes."""
+    for index in range(count):
+        fields = _PHDR[bits].unpack_from(data, offset + index * _PHDR[bits].size)
+        if bits == 32:
+            p_type, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_flags, p_align = fields
+            fields = p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_align
+        yield index, *fields
+
+
+def _notes(data: memoryview, size: int, align: int) -> Iterator[tuple[bytes, int, bytes]]:
+    """The notes of one segment; name and descriptor are padded to 4 bytes, or to p_align 8."""
+    if len(data) < size:
+        raise _bad("p_offset and p_filesz of PT_NOTE", "an end within the file", "one outside")
+    align = 8 if align == 8 else 4
+    at = 0
+    while at + _NOTE.size <= size:
+        n_namesz, n_descsz, n_type = _NOTE.unpack_from(data, at)
+        name = at + _NOTE.size
+        desc = -(-(name + n_namesz) // align) * align
+        if desc + n_descsz > size:
+            found = f"{n_namesz} and {n_descsz} in {size - at}"
+            raise _bad("n_namesz and n_descsz", "a note within its segment", found)
+        text = bytes(data[name : name + n_namesz]).removesuffix(b"\0")
+        yield text, n_type, bytes(data[desc : desc + n_descsz])
+        at = -(-(desc + n_descsz) // align) * align
+
+
 def _segments(data: Buffer, bits: int, offset: int, count: int) -> tuple[Segment, ...]:
     """The checked PT_LOAD headers, sorted by address."""
     loads = []
-    for index in range(count):
-        fields = _PHDR[bits].unpack_from(data, offset + index * _PHDR[bits].size)
-        if bits == 64:
-            p_type, p_flags, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, _ = fields
-        else:
-            p_type, p_offset, p_vaddr, p_paddr, p_filesz, p_memsz, p_flags, _ = fields
+    for (
+        index,
+        p_type,
+        p_flags,
+        p_offset,
+        p_vaddr,
+        p_paddr,
+        p_filesz,
+        p_memsz,
+        _,
+    ) in _program_headers(data, bits, offset, count):
         if p_type == _PT_INTERP:
             raise _bad(
                 f"program header {index}", "a static executable", "PT_INTERP: link with -static"
@@ -260,7 +311,7 @@ def _symbols(data: Buffer, bits: int) -> dict[str, int]:
     sections = [
         _SHDR[bits].unpack_from(data, e_shoff + index * e_shentsize) for index in range(e_shnum)
     ]
-    raw = bytes(data)
+    raw = memoryview(data)
     for _, sh_type, _, _, sh_offset, sh_size, sh_link, _, _, sh_entsize in sections:
         if sh_type != _SHT_SYMTAB:
             continue
@@ -269,7 +320,7 @@ def _symbols(data: Buffer, bits: int) -> dict[str, int]:
         if sh_link >= len(sections):
             raise _bad("sh_link of the symbol table", f"below {len(sections)}", str(sh_link))
         start, size = sections[sh_link][4:6]
-        names = raw[start : start + size]
+        names = bytes(raw[start : start + size])
         for position in range(sh_offset, sh_offset + sh_size - sh_entsize + 1, sh_entsize):
             if bits == 64:
                 st_name, st_info, _, st_shndx, st_value, _ = _SYM[bits].unpack_from(raw, position)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pykvm.boot import require_ram
+from pykvm.boot.ram import require_ram
 from pykvm.errors import BootError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.boot import Buffer, Memory
+    from pykvm.boot.ram import Buffer, Memory
 
 
 def load(mem: Memory, data: Buffer, at: int) -> int:
