@@ -76,6 +76,20 @@ class Backing:
         self.window = (gpa - start) % _THP_SIZE if len(mapping) > size else 0
         self.hva = start + self.window
 
+    def discard(self, start: int, end: int) -> bool:
+        """Give back the pages of a range of offsets, so that they read as zeros; False if not.
+
+        Only private anonymous memory reads as zeros again: a file's pages would be the file's, and
+        hugetlb pages are kept, as they were reserved.
+        """
+        if self.kind != "anonymous" or self.huge in _HUGETLB_SHIFTS or self.mapping is None:
+            return False
+        try:
+            self.mapping.madvise(mmap.MADV_DONTNEED, self.window + start, end - start)
+        except OSError:  # locked in memory (mlock)
+            return False
+        return True
+
     def close(self) -> None:
         """Close the descriptor, and unmap unless somebody still holds a view. Idempotent."""
         fd, self.fd = self.fd, -1

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     Octets = tuple[int, int, memoryview]
 
 _FILL_CHUNK = 1 << 20
+_DISCARD_FROM = 1 << 20  # from here on new pages cost less than the writing, if they are touched
 
 # No gpa lies in them, not even an empty range.
 _NO_WINDOW: Window = (1, 0, None, 0)  # type: ignore[assignment]
@@ -336,16 +337,24 @@ class GuestMemory:
         return view.toreadonly() if region.readonly else view
 
     def fill(self, gpa: int, length: int, value: int = 0) -> None:
-        """Set ``length`` bytes from ``gpa`` to the byte ``value``."""
+        """Set ``length`` bytes from ``gpa`` to the byte ``value``.
+
+        A large range of anonymous memory becomes zero by giving its pages back to the host, so that
+        what was never touched stays untouched.
+        """
         if not 0 <= checked_int(value, "a value") <= 0xFF:
             raise ValueError(f"{value:#x} does not fit a byte: 0..0xff")
         pieces = self._map.writable(gpa, length)
         chunk = bytes((value,)) * min(length, _FILL_CHUNK)
         for region, at, size in pieces:
-            cells = region.cells(1)
-            for done in range(0, size, _FILL_CHUNK):
-                step = min(size - done, _FILL_CHUNK)
-                cells[at + done : at + done + step] = chunk[:step]
+            cells, end = region.cells(1), at + size
+            if not value and size >= _DISCARD_FROM:
+                first, last = region.discard(at, size)
+                cells[at:first] = bytes(first - at)
+                at = last
+            for start in range(at, end, _FILL_CHUNK):
+                stop = min(end, start + _FILL_CHUNK)
+                cells[start:stop] = chunk[: stop - start]
 
     def find(self, pattern: Buffer, start: int = 0, stop: int | None = None) -> int | None:
         """Return the gpa of the first ``pattern`` within ``start .. stop``, or None.

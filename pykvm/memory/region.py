@@ -5,7 +5,7 @@ from __future__ import annotations
 from pykvm._abi import lib
 from pykvm.errors import ClosedError
 
-from .units import format_size
+from .units import PAGE_SIZE, format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -127,6 +127,16 @@ class Region:
         import numpy
 
         return numpy.array(self.view(), dtype=dtype, copy=copy)
+
+    def discard(self, at: int, size: int) -> tuple[int, int]:
+        """Zero the whole pages of a range by giving them back, if the backing can do that.
+
+        Returns:
+            (start, end) of what is zero now, offsets within ``at .. at+size``; both ``at`` if the
+            range has to be written instead.
+        """
+        start, end = -(-at // PAGE_SIZE) * PAGE_SIZE, (at + size) // PAGE_SIZE * PAGE_SIZE
+        return (start, end) if start < end and self._backing.discard(start, end) else (at, at)
 
     def cells(self, width: int) -> memoryview:
         """Return the region as cells of 1, 2, 4 or 8 bytes. It stays ours: hand out slices only."""
