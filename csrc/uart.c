@@ -117,9 +117,10 @@ static uint8_t source(const struct pykvm_uart *uart)
     if (uart->ier & IER_LINE && uart->errors)
         return IIR_LINE;
     if (uart->ier & IER_RECEIVED && waiting(uart)) {
-        /* What is below the trigger level has timed out already, on a line this fast. */
+        /* What is below the trigger level has timed out already, on a line this fast.  Without
+           FIFOs the level is 1. */
         uint8_t level = levels[uart->fcr >> FCR_TRIGGER_SHIFT];
-        return uart->fcr & FCR_ENABLE && waiting(uart) < level ? IIR_TIMEOUT : IIR_RECEIVED;
+        return waiting(uart) < level ? IIR_TIMEOUT : IIR_RECEIVED;
     }
     if (uart->ier & IER_EMPTY && uart->emptied)
         return IIR_EMPTY;

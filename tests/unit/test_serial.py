@@ -399,6 +399,18 @@ def test_a_break_interrupts_when_its_turn_has_come(wire: Wire) -> None:
     assert (inb(serial, DATA), inb(serial, LSR)) == (0, 0x60)
 
 
+@pytest.mark.parametrize(("fcr", "level"), [(0x01, 1), (0x41, 4), (0x81, 8), (0xC1, 14)])
+def test_input_below_the_trigger_level_is_told_as_timed_out(
+    wire: Wire, fcr: int, level: int
+) -> None:
+    out(wire.serial, FCR, fcr)
+    out(wire.serial, IER, 1)
+    for count in range(1, 17):
+        wire.serial.write(b"x")
+        assert inb(wire.serial, IIR) == (0xC4 if count >= level else 0xCC)
+    assert wire.edges() == 1
+
+
 def test_without_an_interrupt_line_polling_works() -> None:
     serial = Serial()
     out(serial, IER, 0x0F)
