@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import time
 
+from pykvm.arch.x86_64.pc import CMOS_CENTURY
 from pykvm.devices.base import ByteDevice, State
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY = 0, 2, 4, 6, 7, 8, 9, 0x32
-"""Registers of the clock; the century is where IBM had it, and where the FADT says it is."""
+SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY = 0, 2, 4, 6, 7, 8, 9, CMOS_CENTURY
+"""Registers of the clock."""
 _CLOCK = (SECONDS, MINUTES, HOURS, WEEKDAY, DAY, MONTH, YEAR, CENTURY)
 
 A, B, C, D = 0xA, 0xB, 0xC, 0xD

@@ -1,13 +1,13 @@
 """ACPI's fixed hardware (ACPI 6.5, 4.8.3): power off, a power button, and the PM timer.
 
-The registers are those of the FADT that ``pykvm.arch.x86_64.acpi`` makes: PM1a event block at
-offset 0, PM1a control block at 4, PM timer at 8.
+The FADT that ``pykvm.arch.x86_64.acpi`` makes tells the guest of them.
 """
 
 from __future__ import annotations
 
 from _thread import allocate_lock
 
+from pykvm.arch.x86_64.pc import PM_CONTROL, PM_EVENT, PM_TIMER, SLEEP_TYPE_OFF
 from pykvm.devices.base import ByteDevice, State
 
 TYPE_CHECKING = False
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from pykvm.devices.bus import Bus, Claim
 
-STATUS, ENABLE, CONTROL, TIMER = 0, 2, 4, 8
-"""Offsets of the registers; 16 bits each, and the timer 32."""
+STATUS, ENABLE, CONTROL = PM_EVENT, PM_EVENT + 2, PM_CONTROL
+"""Offsets of the registers of 16 bits."""
 
 POWER_BUTTON = 1 << 8
 """Of PM1 status and enable. Nothing else ever happens."""
@@ -28,9 +28,6 @@ SCI_ENABLED = 1 << 0
 SLEEP_TYPE_SHIFT, SLEEP_TYPE_MASK = 10, 7
 SLEEP_ENABLE = 1 << 13
 
-S5 = 5
-"""The sleep type that the DSDT's ``_S5`` gives for "off"."""
-
 TIMER_HZ = 3_579_545
 
 
@@ -38,7 +35,8 @@ class PowerManagement(ByteDevice):
     """The PM1a blocks and the PM timer, 12 ports. The timer is served in C.
 
     Args:
-        on_power_off: is called with the sleep type, :data:`S5`, when the guest turns itself off.
+        on_power_off: is called with the sleep type (``SLEEP_TYPE_OFF``) when the guest turns itself
+            off.
         on_sci: drives the system control interrupt (GSI 9), a level line: is called with 1 and 0.
             None: the power button has no effect.
     """
@@ -61,7 +59,7 @@ class PowerManagement(ByteDevice):
 
     def attach(self, bus: Bus, first: int) -> Claim:
         """Claim 12 ports from ``first`` on."""
-        self._timer = self._keep(bus.clock(first + TIMER, TIMER_HZ))
+        self._timer = self._keep(bus.clock(first + PM_TIMER, TIMER_HZ))
         return super().attach(bus, first)
 
     def press_power_button(self) -> None:
@@ -93,8 +91,8 @@ class PowerManagement(ByteDevice):
                 self._control = (self._control & keep | value) & ~SLEEP_ENABLE
             self._update()
         sleep = offset & ~1 == CONTROL and value & SLEEP_ENABLE
-        if sleep and self._control >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK == S5:
-            self._on_power_off(S5)
+        if sleep and self._control >> SLEEP_TYPE_SHIFT & SLEEP_TYPE_MASK == SLEEP_TYPE_OFF:
+            self._on_power_off(SLEEP_TYPE_OFF)
 
     def _update(self) -> None:
         level = int(bool(self._status & self._enable))

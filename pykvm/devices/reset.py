@@ -53,9 +53,6 @@ class ResetControl(_ResetBit):
     BIT = 1 << 2
     WRITABLE = 0b1110
 
-    VALUE = 0x06
-    """What a guest writes for a reset: bits 1 and 2."""
-
 
 class FastA20(_ResetBit):
     """Port 0x92: bit 0 resets the processor. Bit 1 is the A20 gate, which is always open here.

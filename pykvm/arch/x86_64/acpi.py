@@ -24,14 +24,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from typing import Any
 
-RESET_VALUE = 0x06
-"""What is written to the reset register: a hard reset."""
-S5 = 5
-"""The sleep type for "off"; ``pykvm.devices.pm`` knows it as well."""
 NO_C2, NO_C3 = 101, 1001
 """Latencies, in µs, that mean that there is no such state (5.2.9)."""
-CENTURY = 0x32
-"""The CMOS register of the century."""
 MIN_X2APIC = 255
 """From this APIC id on a processor has an x2APIC entry (5.2.12.12)."""
 EVERY_CPU = 0xFF
@@ -140,7 +134,7 @@ def _after(address: int, table: Table) -> int:
 
 def _fadt(facs: int, dsdt: int, pm_base: int, reset: int, com1: bool, rtc: bool) -> Fadt:
     """Describe the fixed hardware (5.2.9), in ACPI mode from the start: there is no SMI command."""
-    event, control, timer = pm_base, pm_base + 4, pm_base + 8
+    event, control, timer = (pm_base + at for at in (pc.PM_EVENT, pc.PM_CONTROL, pc.PM_TIMER))
     boot_arch = Fadt.VGA_NOT_PRESENT
     if com1:
         boot_arch |= Fadt.LEGACY_DEVICES
@@ -162,11 +156,11 @@ def _fadt(facs: int, dsdt: int, pm_base: int, reset: int, com1: bool, rtc: bool)
         x_pm_tmr_blk=io_register(timer, 4),
         p_lvl2_lat=NO_C2,
         p_lvl3_lat=NO_C3,
-        century=CENTURY if rtc else 0,
+        century=pc.CMOS_CENTURY if rtc else 0,
         iapc_boot_arch=boot_arch,
         flags=Fadt.WBINVD | Fadt.PROC_C1 | Fadt.SLP_BUTTON | Fadt.TMR_VAL_EXT | Fadt.RESET_REG_SUP,
         reset_reg=io_register(reset, 1),
-        reset_value=RESET_VALUE,
+        reset_value=pc.RESET_VALUE,
         hypervisor_vendor=b"pykvm",
     )
 
@@ -225,7 +219,7 @@ def _definition_block(
     for number, (first, size, gsi) in enumerate(virtio):
         crs = aml.resources(aml.memory32(first, size), aml.interrupt(gsi, edge=edge))
         devices.append(_device(f"V{number:03X}", aml.string("LNRO0005"), number, crs))
-    off = aml.integer(S5)
+    off = aml.integer(pc.SLEEP_TYPE_OFF)
     return aml.scope("\\_SB", *devices) + aml.name(
         "\\_S5", aml.package(off, off, aml.integer(0), aml.integer(0))
     )

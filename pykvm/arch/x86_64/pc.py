@@ -12,6 +12,8 @@ KEYBOARD = 0x60
 """Keyboard controller: data; status and command at 0x64."""
 CMOS = 0x70
 """CMOS index; data at 0x71."""
+CMOS_CENTURY = 0x32
+"""ACPI: the CMOS register of the century."""
 POST = 0x80
 FAST_A20 = 0x92
 DEBUG_EXIT = 0xF4
@@ -21,11 +23,17 @@ PVPANIC = 0x505
 """ACPI: device QEMU0001."""
 FW_CFG = 0x510
 PM_BASE = 0x600
-"""ACPI: PM1a event block; control block at +4, PM timer at +8 (``pykvm.devices.pm``)."""
+"""ACPI: the fixed hardware's registers, 12 ports (``pykvm.devices.pm``)."""
+PM_EVENT, PM_CONTROL, PM_TIMER = 0, 4, 8
+"""Offsets there: PM1a event block, 4 bytes; PM1a control block, 2; PM timer, 4."""
+SLEEP_TYPE_OFF = 5
+"""ACPI: what is written into the control block's SLP_TYP to turn the machine off (``_S5``)."""
 PCI_ADDRESS = 0xCF8
 """PCI configuration address; data at 0xcfc."""
 RESET = 0xCF9
-"""ACPI: the reset register, to which 6 is written."""
+"""ACPI: the reset register."""
+RESET_VALUE = 0x06
+"""ACPI: what is written there for a reset."""
 
 # ---- interrupt lines -----------------------------------------------------------------------------
 
