@@ -79,7 +79,7 @@ static int64_t word(const struct pykvm_access *access)
 uint64_t pykvm_clock_read(const struct pykvm_clock *clock)
 {
     unsigned __int128 ns = (unsigned __int128)(pykvm_now() - clock->start);
-    return (uint64_t)(ns * clock->hz / 1000000000);
+    return clock->base + (uint64_t)(ns * clock->hz / 1000000000);
 }
 
 static int64_t ask_python(struct pykvm_access *access, int64_t result)

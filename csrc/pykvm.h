@@ -112,7 +112,8 @@ int pykvm_uart_access(struct pykvm_uart *uart, uint64_t offset, uint8_t *data, u
 /* A counter that runs on CLOCK_MONOTONIC. */
 struct pykvm_clock {
     uint64_t hz;
-    int64_t start; /* ns: when it was 0 */
+    uint64_t base; /* what it showed ... */
+    int64_t start; /* ... at this time, in ns */
 };
 
 uint64_t pykvm_clock_read(const struct pykvm_clock *clock);

@@ -129,7 +129,8 @@ class Clock:
 
     def set(self, ticks: int) -> None:
         """Have it show ``ticks`` now, and run on from there."""
-        self.c.start = time.monotonic_ns() - ticks * 1_000_000_000 // self.hz
+        self.c.base = ticks
+        self.c.start = time.monotonic_ns()
 
 
 class Bus:

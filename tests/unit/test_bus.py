@@ -13,6 +13,7 @@ from pykvm._abi import lib
 from pykvm.devices.bus import Bus, Claim
 from pykvm.errors import BusOverlapError
 from tests.support.fake_vcpu import HLT, FakeRun, mmio, pio
+from tests.support.ports import Ports
 
 
 class BusAgainstModel(RuleBasedStateMachine):
@@ -139,3 +140,89 @@ def test_claims_and_buses_print_what_they_are() -> None:
     bus = Bus("pio", [])
     bus.constant(0x71, 1)
     assert "0x71..0x71 constant/ignore, 0 hits" in repr(bus)
+
+
+# ---- addresses that nobody claims --------------------------------------------------------------
+
+
+def test_unclaimed_accesses_end_the_run_until_told_otherwise() -> None:
+    ports = Ports()
+    rest = ports.pio.unclaimed("ignore")
+    assert rest is not None
+    claim = ports.pio.constant(0x20, 7)
+    assert (ports.inp(0x1F, 4), ports.inp(0x20), ports.inp(0xFFFF)) == (0xFFFFFFFF, 7, 0xFF)
+    ports.out(0x21, 1)
+    assert (rest.hits, claim.hits) == (3, 1)
+    assert ports.pio.find(0x20) is claim
+    assert ports.pio.find(0x21) is rest
+    assert len(ports.pio) == 1
+    assert ports.pio.unclaimed("end") is None
+    ports.inp(0x21)
+    assert ports.end is not None and ports.end.reason == "unclaimed"
+    assert rest.hits == 3
+
+
+def test_unclaimed_accesses_are_written_down_if_asked() -> None:
+    ports = Ports()
+    ports.mmio.unclaimed("ignore")
+    rest = ports.mmio.unclaimed("log")
+    assert rest is not None
+    ports.store(0xFED0_0000_0000, 0x1234, 8)
+    assert ports.load((1 << 64) - 4) == 0xFFFF_FFFF
+    first, second = rest.device.read()
+    assert (first.address, first.value, first.size, first.is_write) == (
+        0xFED0_0000_0000, 0x1234, 8, True,
+    )  # fmt: skip
+    assert (second.address, second.value, second.is_write) == ((1 << 64) - 4, 0xFFFF_FFFF, False)
+    rest.release()
+    rest.release()
+    ports.load(0)
+    assert ports.end is not None and ports.end.reason == "unclaimed"
+
+
+def test_a_log_of_unclaimed_accesses_loses_none_when_its_ring_is_full() -> None:
+    fake = FakeRun(*[pio(number, b"x") for number in range(8)])
+    rest = fake.pio.unclaimed("log")
+    assert rest is not None
+    fake.runner.run((1 << 63) - 1, 10_000)
+    records = rest.device.read()
+    assert [record.address for record in records] == [n % 8 for n in range(10_000)]
+    fake.pio.close()
+    assert fake.pio.find(1) is None
+
+
+def test_only_known_things_can_be_done_with_unclaimed_accesses() -> None:
+    with pytest.raises(ValueError, match="panic"):
+        Bus("pio", []).unclaimed("panic")
+
+
+# ---- clocks ------------------------------------------------------------------------------------
+
+
+def test_a_clock_reads_the_same_time_at_every_width_and_offset() -> None:
+    ports = Ports()
+    clock = ports.mmio.clock(0x1000, 1, 8).device
+    assert clock.now() == 0
+    clock.set(0x1122_3344_5566)  # it ticks once a second: hardly within the test
+    assert clock.now() == 0x1122_3344_5566
+    assert ports.load(0x1000, 8) == 0x1122_3344_5566
+    assert ports.load(0x1002, 4) == 0x1122_3344
+    assert ports.load(0x1005, 1) == 0x11
+    ports.store(0x1000, 0, 8)
+    assert ports.load(0x1000, 8) == 0x1122_3344_5566
+
+
+def test_a_clock_has_a_rate_and_a_width() -> None:
+    for hz in (0, -1, 1 << 64):
+        with pytest.raises(ValueError, match="Hz"):
+            Bus("pio", []).clock(0, hz)
+    with pytest.raises(ValueError, match="bytes wide"):
+        Bus("pio", []).clock(0, 1000, 9)
+
+
+def test_a_stop_port_reads_what_it_was_given() -> None:
+    ports = Ports()
+    ports.pio.stop(0xF4, 4, value=0x1234)
+    assert ports.inp(0xF4, 4) == 0x1234
+    ports.out(0xF4, 9)
+    assert ports.end is not None and (ports.end.reason, ports.end.code) == ("stopped", 9)

@@ -209,7 +209,7 @@ _values = {
     IER: st.sampled_from([0, 1, 2, 3, 5, 7, 0xF, 0xFF]),
     FCR: st.sampled_from([0, 1, 3, 7, 0x41, 0x81, 0xC1, 0xC7, 0xFE]),
     LCR: st.sampled_from([3, 3, 3, 0x80, 0x83, 0xBF]),
-    MCR: st.sampled_from([0, 2, 3, 0xB, 0x10, 0x1A, 0x1F, 0xFF]),
+    MCR: st.sampled_from([0, 2, 3, 0xB, 0x10, 0x10, 0x1A, 0x1F, 0xFF]),
 }
 _writes = st.integers(0, 7).flatmap(
     lambda offset: st.tuples(st.just(offset), _values.get(offset, st.integers(0, 255)))
@@ -355,6 +355,26 @@ def test_opening_the_port_loses_no_input_under_flow_control() -> None:
         got += bytes([inb(serial, DATA)])
     assert got == b"typed too early\n"
     serial.close()
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "kept"),
+    [(0x01, 0x00, 0), (0x00, 0x01, 0), (0x01, 0xC1, 3), (0x01, 0x03, 0), (0x01, 0x05, 3)],
+)
+def test_the_receivers_fifo_is_cleared_when_told_and_when_it_comes_or_goes(
+    wire: Wire, first: int, then: int, kept: int
+) -> None:
+    serial = wire.serial
+    out(serial, FCR, first)
+    out(serial, MCR, 0x10)
+    for byte in b"abc":
+        out(serial, DATA, byte)
+    out(serial, FCR, then)
+    count = 0
+    while inb(serial, LSR) & 1:
+        inb(serial, DATA)
+        count += 1
+    assert count == kept
 
 
 # ---- interrupts --------------------------------------------------------------------------------

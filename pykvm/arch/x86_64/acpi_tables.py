@@ -50,6 +50,10 @@ class Layout:
             zip((n for n, _ in self.members), self._struct.unpack_from(data, at), strict=True)
         )
 
+    def fill(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Give every member, those that are not given as 0."""
+        return self.unpack(self.pack(values))
+
 
 GAS = Layout(("space", "B"), ("width", "B"), ("offset", "B"), ("access", "B"), ("address", "Q"))
 """Generic Address Structure (5.2.3.2)."""
@@ -202,8 +206,7 @@ class Fadt(Table):
     """Of iapc_boot_arch (5.2.9.3)."""
 
     def __init__(self, **members: Any) -> None:
-        self.members = {"fadt_minor_version": self.MINOR, **members}
-        self.LAYOUT.pack(self.members)
+        self.members = self.LAYOUT.fill({"fadt_minor_version": self.MINOR, **members})
 
     def body(self) -> bytes:
         """What follows the header."""
@@ -217,7 +220,7 @@ class Fadt(Table):
     def lines(self) -> list[str]:
         """Every member that is not zero, flags by name."""
         shown = []
-        for name, value in self.LAYOUT.unpack(self.body()).items():
+        for name, value in self.members.items():
             if value and (not isinstance(value, bytes) or value.strip(b"\0")):
                 shown.append(f"{name:<20} {_shown(value)}{self._flags(name, value)}")
         return shown
@@ -269,7 +272,7 @@ class Madt(Table):
     ) -> None:
         self.address = address
         self.flags = flags
-        self.entries = tuple(entries)
+        self.entries = tuple((kind, self.KINDS[kind][1].fill(it)) for kind, it in entries)
 
     def body(self) -> bytes:
         """What follows the header."""
@@ -348,7 +351,8 @@ class Facs:
     )  # fmt: skip
 
     def __init__(self, **members: Any) -> None:
-        self.members = {"signature": self.SIGNATURE, "length": 64, "version": 2, **members}
+        first = {"signature": self.SIGNATURE, "length": self.LAYOUT.size, "version": 2}
+        self.members = self.LAYOUT.fill({**first, **members})
 
     def encode(self) -> bytes:
         """Give its bytes."""
@@ -362,8 +366,8 @@ class Facs:
         return cls(**cls.LAYOUT.unpack(data))
 
     def __repr__(self) -> str:
-        lock = self.members.get("global_lock", 0)
-        return f"<FACS version {self.members['version']}, global lock {lock:#x}>"
+        version, lock = self.members["version"], self.members["global_lock"]
+        return f"<FACS version {version}, global lock {lock:#x}>"
 
 
 class Rsdp:

@@ -18,6 +18,7 @@ STRING, BYTE, WORD, DWORD, QWORD = 0x0D, 0x0A, 0x0B, 0x0C, 0x0E
 ZERO, ONE, ONES = 0x00, 0x01, 0xFF
 ROOT, PARENT, DUAL, MULTI = 0x5C, 0x5E, 0x2E, 0x2F
 
+_LETTERS = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_")
 _FIXED = {BYTE: "<B", WORD: "<H", DWORD: "<I", QWORD: "<Q"}
 
 # ---- terms ---------------------------------------------------------------------------------------
@@ -39,11 +40,11 @@ def path(text: str) -> bytes:
     """Encode a name: ``"COM1"``, ``"\\\\_SB.COM1"``, ``"^FOO"``; short ones are filled up."""
     rest = text.lstrip("\\^")
     prefix = text[: len(text) - len(rest)].encode("ascii")
-    segments = [segment.ljust(4, "_") for segment in rest.split(".")] if rest else []
+    segments = rest.split(".") if rest else []
     for segment in segments:
-        valid = len(segment) == 4 and segment.replace("_", "A").isalnum()
-        if not valid or segment != segment.upper() or segment[0].isdigit():
-            raise ValueError(f"{segment!r} is no ACPI name: four of A-Z, 0-9 and _, no digit first")
+        if not 1 <= len(segment) <= 4 or set(segment) - _LETTERS or segment[0].isdigit():
+            raise ValueError(f"{segment!r} is no ACPI name: up to 4 of A-Z, 0-9, _; no digit first")
+    segments = [segment.ljust(4, "_") for segment in segments]
     joined = "".join(segments).encode("ascii")
     if len(segments) == 0:
         return prefix + b"\0"

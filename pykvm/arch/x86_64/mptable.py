@@ -67,7 +67,7 @@ class MpTable:
 
     def __init__(self, base: int, entries: Sequence[Entry]) -> None:
         self.base = base
-        self.entries = tuple(entries)
+        self.entries = tuple((kind, KINDS[kind][1].fill(members)) for kind, members in entries)
         body = b"".join(
             bytes([KINDS[kind][0]]) + KINDS[kind][1].pack(members) for kind, members in entries
         )

@@ -1,0 +1,403 @@
+"""The tables that a kernel reads: judged by ACPICA's own compiler, and by plain checks."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pykvm.arch.x86_64 import aml, pc
+from pykvm.arch.x86_64.acpi import Acpi, build_acpi
+from pykvm.arch.x86_64.acpi_tables import (
+    HEADER,
+    Dsdt,
+    Facs,
+    Fadt,
+    Madt,
+    Rsdp,
+    Rsdt,
+    Table,
+    Xsdt,
+    io_register,
+)
+from pykvm.arch.x86_64.mptable import MpTable, build_mptable
+
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "one processor": {"cpus": 1},
+    "two, and devices": {
+        "cpus": 2, "virtio": [(0xD000_0000 + n * 0x1000, 0x1000, 16 + n) for n in range(4)],
+    },
+    "bare": {"cpus": 1, "com1": False, "pvpanic": None, "timer_pin": 0},
+    "everything else": {
+        "cpus": 16, "rtc": True, "edge": False, "base": 0xF0000, "pm_base": 0xB000,
+        "virtio": [(0xFEB0_0000, 0x200, 5)], "pvpanic": 0x600,
+    },
+    "x2apic": {"cpus": 300},
+    "holes in the APIC ids": {"cpus": [0, 1, 4, 5, 256]},
+}  # fmt: skip
+
+
+@pytest.fixture(params=CONFIGURATIONS)
+def acpi(request: pytest.FixtureRequest) -> Acpi:
+    return build_acpi(**CONFIGURATIONS[request.param])
+
+
+def table(acpi: Acpi, kind: type[Any]) -> Any:
+    (found,) = (each for _, each in acpi.tables if isinstance(each, kind))
+    return found
+
+
+# ---- ACPICA's judgement ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def iasl(tmp_path: Path) -> Callable[..., str]:
+    """Run iasl in an empty folder; its complaints fail the test."""
+    program = shutil.which("iasl")
+    if program is None:
+        pytest.skip("iasl is not on PATH (Debian: acpica-tools)")
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [program, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        said = done.stdout + done.stderr
+        assert done.returncode == 0, said
+        for line in said.splitlines():
+            if "Compilation successful" in line:
+                assert "0 Errors, 0 Warnings, 0 Remarks" in line
+            else:
+                assert not any(word in line for word in ("Error", "Warning", "Remark")), said
+        return said
+
+    return run
+
+
+def test_iasl_takes_every_table_apart_and_compiles_it_again(
+    acpi: Acpi, iasl: Callable[..., str], tmp_path: Path
+) -> None:
+    tables = [each for _, each in acpi.tables if not isinstance(each, Rsdp)]
+    assert len(tables) == 6
+    for each in tables:
+        name = each.SIGNATURE.decode().lower()
+        (tmp_path / f"{name}.dat").write_bytes(each.encode())
+        iasl("-d", f"{name}.dat")
+        text = (tmp_path / f"{name}.dsl").read_text()
+        assert "Error" not in text and "Warning" not in text and "Invalid" not in text, text
+        # -oa: without optimizations, which shorten a path.
+        assert "Compilation successful" in iasl("-oa", "-p", f"again_{name}", f"{name}.dsl")
+        again = (tmp_path / f"again_{name}.aml").read_bytes()
+        ours = each.encode()
+        if isinstance(each, Facs):
+            assert again == ours
+        else:  # the header names the compiler
+            assert again[HEADER.size :] == ours[HEADER.size :]
+
+
+def test_iasl_complains_of_what_is_wrong(iasl: Callable[..., str], tmp_path: Path) -> None:
+    """The judge is awake: a device without what it is to have, a damaged checksum."""
+    (tmp_path / "bad.dat").write_bytes(Dsdt(aml.device("DEV0", aml.name("_CRS", b"\x0c"))).encode())
+    with pytest.raises(AssertionError):
+        iasl("-d", "bad.dat")
+        iasl("-p", "again", "bad.dsl")
+
+
+# ---- what a kernel does with them --------------------------------------------------------------
+
+
+def test_a_kernel_that_follows_the_pointers_finds_every_table(acpi: Acpi) -> None:
+    memory = bytearray(1 << 20)
+    acpi.write(memory)
+
+    found = [at for at in range(0xE0000, 1 << 20, 16) if memory[at : at + 8] == b"RSD PTR "]
+    assert found == [acpi.rsdp]
+    root = Rsdp.decode(bytes(memory[acpi.rsdp :]))
+    xsdt = Xsdt.decode(bytes(memory[root.xsdt :]))
+    assert Rsdt.decode(bytes(memory[root.rsdt :])).addresses == xsdt.addresses
+    fadt_at, madt_at = xsdt.addresses
+    fadt = Fadt.decode(bytes(memory[fadt_at:]))
+    assert fadt == table(acpi, Fadt)
+    assert Madt.decode(bytes(memory[madt_at:])) == table(acpi, Madt)
+    assert Dsdt.decode(bytes(memory[fadt.members["dsdt"] :])) == table(acpi, Dsdt)
+    assert fadt.members["x_dsdt"] == fadt.members["dsdt"]
+    facs_at = fadt.members["firmware_ctrl"]
+    assert facs_at % 64 == 0
+    assert Facs.decode(bytes(memory[facs_at:])).encode() == table(acpi, Facs).encode()
+
+
+def test_tables_do_not_overlap_and_print_in_full(acpi: Acpi) -> None:
+    end = acpi.base
+    for address, each in acpi.tables:
+        assert address >= end
+        end = address + len(each.encode())
+        assert "decode" not in repr(each)
+    assert end == acpi.base + len(acpi.blob)
+    text = repr(acpi)
+    assert "I/O port 0xcf9, 8 bits" in text
+    assert "Package () {0x5, 0x5, Zero, Zero}" in text
+
+
+def test_the_fadt_describes_the_hardware_that_there_is() -> None:
+    fadt = Fadt(**table(build_acpi(cpus=1, pm_base=0x800), Fadt).members)
+    members = fadt.members
+    assert len(fadt.encode()) == 276
+    assert (members["pm1a_evt_blk"], members["pm1a_cnt_blk"], members["pm_tmr_blk"]) == (
+        0x800, 0x804, 0x808,
+    )  # fmt: skip
+    assert members["x_pm1a_cnt_blk"] == io_register(0x804, 2)
+    assert members["sci_int"] == 9
+    assert (members["reset_reg"], members["reset_value"]) == (io_register(0xCF9, 1), 6)
+    assert members["smi_cmd"] == 0  # in ACPI mode from the start
+    flags, arch = members["flags"], members["iapc_boot_arch"]
+    assert flags & Fadt.RESET_REG_SUP and flags & Fadt.TMR_VAL_EXT
+    assert not flags & 1 << 20  # not hardware-reduced
+    assert not flags & 1 << 4  # the power button is fixed hardware
+    assert not arch & Fadt.I8042
+    assert arch & Fadt.CMOS_RTC_NOT_PRESENT
+    with pytest.raises(TypeError, match="sci_irq"):
+        Fadt(sci_irq=9)
+
+
+def entries(acpi: Acpi, kind: str) -> list[dict[str, Any]]:
+    return [members for each, members in table(acpi, Madt).entries if each == kind]
+
+
+def test_the_madt_has_every_processor_once() -> None:
+    acpi = build_acpi(cpus=[0, 2, 254, 255, 256])
+    assert [m["apic_id"] for m in entries(acpi, "local-apic")] == [0, 2, 254]
+    assert [m["apic_id"] for m in entries(acpi, "local-x2apic")] == [255, 256]
+    uids = [m["uid"] for kind in ("local-apic", "local-x2apic") for m in entries(acpi, kind)]
+    assert uids == [0, 1, 2, 3, 4]
+    assert all(m["flags"] == 1 for m in entries(acpi, "local-apic"))
+    assert entries(acpi, "local-x2apic-nmi")
+    assert not entries(build_acpi(cpus=255), "local-x2apic-nmi")
+    for uid in uids:
+        assert f"(C{uid:03X})" in repr(table(acpi, Dsdt))
+
+
+def test_the_madts_overrides_are_those_of_the_routes() -> None:
+    def wiring(acpi: Acpi) -> dict[int, tuple[int, int]]:
+        return {m["source"]: (m["gsi"], m["flags"]) for m in entries(acpi, "override")}
+
+    assert wiring(build_acpi(cpus=1)) == {0: (2, 0), 9: (9, 0xD)}
+    assert wiring(build_acpi(cpus=1, timer_pin=0)) == {9: (9, 0xD)}
+    for timer_pin in (0, 2):
+        to = {g: pin for g, chip, pin in pc.gsi_routes(timer_pin) if chip == "ioapic"}
+        told = wiring(build_acpi(cpus=1, timer_pin=timer_pin))
+        for gsi in set(to) & set(range(16)):
+            assert told.get(gsi, (gsi, 0))[0] == to[gsi]
+
+
+def test_the_dsdt_has_the_devices_asked_for() -> None:
+    text = repr(table(build_acpi(cpus=1, virtio=[(0xD0001000, 0x200, 17)]), Dsdt))
+    assert "IO (0x3f8, 8), IRQ (4)" in text
+    assert 'Name (_HID, "LNRO0005")' in text
+    assert "Memory32Fixed (0xd0001000, 0x200), Interrupt (17, Edge)" in text
+    assert 'Name (_HID, "QEMU0001")' in text
+    assert "PNP0B00" not in text
+    bare = repr(table(build_acpi(cpus=1, com1=False, pvpanic=None), Dsdt))
+    assert "COM1" not in bare and "QEMU0001" not in bare
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpus": 1, "base": 0xE0010}, "64-byte boundary"),
+        ({"cpus": 1, "base": 1 << 32}, "64-byte boundary"),
+        ({"cpus": 16, "base": 0xFFF00}, "pass 0x100000"),
+        ({"cpus": 0}, "at least one"),
+        ({"cpus": []}, "at least one"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_acpi(**options)
+
+
+# ---- decoding ----------------------------------------------------------------------------------
+
+ALL: list[type[Any]] = [Rsdp, Rsdt, Xsdt, Fadt, Madt, Dsdt, Facs]
+
+
+@pytest.mark.parametrize("kind", ALL)
+@given(data=st.data())
+def test_a_damaged_table_is_refused_or_reads_as_something(
+    kind: type[Any], data: st.DataObject
+) -> None:
+    raw = bytearray(table(build_acpi(cpus=3), kind).encode())
+    at = data.draw(st.integers(0, len(raw) - 1))
+    raw[at] ^= data.draw(st.integers(1, 255))
+    cut = data.draw(st.integers(0, len(raw)))
+    if data.draw(st.booleans()) and issubclass(kind, Table):  # a forger minds the checksum
+        raw[9] = raw[9] - sum(raw) & 0xFF
+    for damaged in (bytes(raw), bytes(raw[:cut])):
+        try:
+            repr(kind.decode(damaged))
+        except ValueError as error:
+            assert str(error)
+
+
+@pytest.mark.parametrize("kind", [Rsdt, Xsdt, Fadt, Madt, Dsdt])
+def test_a_wrong_byte_anywhere_breaks_the_checksum(kind: type[Any]) -> None:
+    raw = table(build_acpi(cpus=1), kind).encode()
+    assert kind.decode(raw + b"what follows").encode() == raw
+    for at in range(8, len(raw)):
+        damaged = raw[:at] + bytes([raw[at] ^ 0x40]) + raw[at + 1 :]
+        with pytest.raises(ValueError, match="sum up"):
+            kind.decode(damaged)
+
+
+def test_the_root_pointer_has_two_checksums() -> None:
+    raw = Rsdp(0x1000, 0x2000).encode()
+    assert sum(raw[:20]) & 0xFF == sum(raw) & 0xFF == 0
+    for at in (16, 24):
+        with pytest.raises(ValueError, match="sum up"):
+            Rsdp.decode(raw[:at] + b"\x77" + raw[at + 1 :])
+
+
+# ---- AML ---------------------------------------------------------------------------------------
+
+_names = st.from_regex(r"\A[A-Z_][A-Z0-9_]{0,3}\Z")
+_values = st.recursive(
+    st.integers(0, 2**64 - 1).map(lambda n: (aml.integer(n), n))
+    | st.text(st.characters(codec="ascii", min_codepoint=0x20), max_size=20)
+    .filter(lambda text: '"' not in text)
+    .map(lambda text: (aml.string(text), text)),
+    lambda inner: st.lists(inner, max_size=5).map(
+        lambda items: (aml.package(*[code for code, _ in items]), [value for _, value in items])
+    ),
+    max_leaves=8,
+)
+
+
+def _as_asl(value: Any) -> str:
+    if isinstance(value, list):
+        return f"Package () {{{', '.join(map(_as_asl, value))}}}"
+    if isinstance(value, str):
+        return f'"{value}"'
+    return {0: "Zero", 1: "One"}.get(value, f"{value:#x}")
+
+
+@given(name=_names, value=_values)
+def test_values_are_disassembled_to_what_they_were(name: str, value: tuple[bytes, Any]) -> None:
+    code, plain = value
+    shown = aml.disassemble(aml.scope("\\_SB", aml.device(name, aml.name("_UID", code))))
+    lines = shown.splitlines()
+    assert lines[0] == "Scope (\\_SB_)"
+    assert lines[1].strip() == f"Device ({name.ljust(4, '_')})"
+    if "EisaId" not in shown:  # a number may look like one
+        assert lines[2].strip() == f"Name (_UID, {_as_asl(plain)})"
+
+
+@given(size=st.sampled_from([0, 40, 53, 54, 55, 56, 57, 60, 61, 62, 4070, 4085, 4090, 4095, 70000]))
+def test_lengths_of_every_size_are_read_back(size: int) -> None:
+    code = aml.name("BUF0", aml.buffer(bytes(size))) + aml.name("NEXT", aml.integer(7))
+    assert aml.disassemble(code).splitlines()[1] == "Name (NEXT, 0x7)"
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("COM1", b"COM1"),
+        ("RTC", b"RTC_"),
+        ("\\_SB", b"\\_SB_"),
+        ("\\", b"\\\0"),
+        ("^FOO", b"^FOO_"),
+        ("\\_SB.COM1", b"\\\x2e_SB_COM1"),
+        ("A.B.C", b"\x2f\x03A___B___C___"),
+    ],
+)
+def test_paths_are_encoded_as_20_2_2_says(text: str, code: bytes) -> None:
+    assert aml.path(text) == code
+    padded = aml.disassemble(aml.name(text, aml.integer(1)))
+    assert padded.replace("_", "").startswith(f"Name ({text.replace('_', '')}, One)")
+
+
+@pytest.mark.parametrize("text", ["com1", "TOOLONG", "1ABC", "A-B", "A..B", "É"])
+def test_names_that_acpi_does_not_know_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="no ACPI name"):
+        aml.path(text)
+
+
+def test_plug_and_play_ids_are_packed_as_19_3_4_says() -> None:
+    assert aml.eisa_id("PNP0501") == bytes.fromhex("0c41d00501")
+    for wrong in ("PNP050", "pnp0501", "PNP05012", "PNPXYZW"):
+        with pytest.raises(ValueError):
+            aml.eisa_id(wrong)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for value in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="64 bits"):
+            aml.integer(value)
+    with pytest.raises(ValueError, match="zero"):
+        aml.string("a\0b")
+
+
+def test_methods_are_shown() -> None:
+    code = aml.method("_STA", aml.return_(aml.integer(15)))
+    assert aml.disassemble(code).split() == ["Method", "(_STA,", "0)", "Return", "(0xf)"]
+
+
+@given(code=st.binary(max_size=200))
+def test_any_bytes_are_disassembled_or_refused(code: bytes) -> None:
+    try:
+        aml.disassemble(code)
+    except ValueError as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("opening", [b"\x10\x3fABCD", b"\x12\x3f\x01", b"\x08ABCD\x12\x3f\x01"])
+def test_a_bomb_of_nested_terms_is_refused_soon(opening: bytes) -> None:
+    with pytest.raises(ValueError):
+        aml.disassemble(opening * 10_000)
+
+
+# ---- MP tables ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cpus", [1, 4, 254])
+def test_mp_tables_are_found_and_read_back(cpus: int) -> None:
+    memory = bytearray(1 << 20)
+    built = build_mptable(cpus=cpus)
+    built.write(memory)
+    found = [at for at in range(0xF0000, 1 << 20, 16) if memory[at : at + 4] == b"_MP_"]
+    assert found == [built.base]
+    read = MpTable.decode(built.base, bytes(memory[built.base :]))
+    assert (read.blob, repr(read)) == (built.blob, repr(built))
+    processors = [members for kind, members in read.entries if kind == "processor"]
+    assert [p["apic_id"] for p in processors] == list(range(cpus))
+    assert [p["flags"] for p in processors] == [3] + [1] * (cpus - 1)
+    wires = {m["irq"]: (m["pin"], m["flags"]) for k, m in read.entries if k == "interrupt"}
+    assert wires[0] == (2, 0) and wires[4] == (4, 0) and wires[9] == (9, 0xD)
+    assert 2 not in wires
+
+
+@given(at=st.integers(0, 200), value=st.integers(1, 255), cut=st.integers(0, 220))
+def test_damaged_mp_tables_are_refused(at: int, value: int, cut: int) -> None:
+    raw = bytearray(build_mptable(cpus=1).blob)
+    raw[at] ^= value
+    for damaged in (bytes(raw), bytes(raw[:cut])):
+        with pytest.raises(ValueError):
+            MpTable.decode(0xF0000, damaged)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"cpus": 0},
+        {"cpus": 255},
+        {"cpus": 1, "base": 0xF0008},
+        {"cpus": 1, "base": 0xE0000},
+        {"cpus": 1, "base": 0xFFFF0},
+    ],
+)
+def test_mp_tables_that_cannot_be_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError):
+        build_mptable(**options)
