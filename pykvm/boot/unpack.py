@@ -144,8 +144,8 @@ def _lz4() -> tuple[Stream, Errors]:
 
     def stream(payload: memoryview, size: int) -> Iterator[bytes]:
         """Blocks of 8 MiB, each behind its packed length; the last one may be shorter."""
-        at, end, done = 4, len(payload), 0
-        while done < size and at + 4 <= end:
+        at, end = 4, len(payload) - 4  # nothing but the size behind tells where the last one ends
+        while at < end:
             length = int.from_bytes(payload[at : at + 4], "little")
             at += 4
             if length == _LZ4_MAGIC:  # another frame
@@ -156,7 +156,6 @@ def _lz4() -> tuple[Stream, Errors]:
             if not block:
                 raise ValueError("an empty block")
             yield block
-            done += len(block)
             at += length
 
     return stream, (lz4.block.LZ4BlockError, ValueError)
@@ -182,7 +181,8 @@ def _zstandard() -> tuple[Stream, Errors]:
 
     def stream(payload: memoryview, size: int) -> Iterator[bytes]:
         decoder = zstandard.ZstdDecompressor(max_window_size=1 << _WINDOW_LOG)
-        with decoder.stream_reader(payload) as reader:
+        # The reader takes what follows the frame for another one: leave the size off.
+        with decoder.stream_reader(payload[:-4]) as reader:
             while chunk := reader.read(1 << 20):
                 yield chunk
 
