@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import re
 import struct
 import time
 import zlib
@@ -43,6 +44,10 @@ _CRC_FROM = 20
 _NO_PVH = (1 << 64) - 1
 _MOST_HEADER = 1 << 20
 _SUFFIX = f".{_VERSION}"
+
+_ENTRY = re.compile(r"[0-9a-f]{64}\.\d+")
+_LINK = re.compile(r"id-[0-9a-f-]+")
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 def default_folder() -> str | None:
@@ -122,15 +127,20 @@ class Cache:
         """Let a file's ``identity`` lead to an entry, where that is possible."""
         if self.folder is None or not alias:
             return
-        temporary = os.path.join(self.folder, f".{alias}.{os.getpid()}.tmp")
+        temporary = self._temporary()
         with suppress(OSError):
             os.symlink(name + _SUFFIX, temporary)
             os.replace(temporary, os.path.join(self.folder, alias))
 
+    def _temporary(self) -> str:
+        """A name that no other writer has."""
+        assert self.folder is not None
+        return os.path.join(self.folder, f".{os.urandom(8).hex()}.tmp")
+
     def _write(self, name: str, image: Image) -> None:
         assert self.folder is not None
-        temporary = os.path.join(self.folder, f".{name}.{os.getpid()}.tmp")
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        temporary = self._temporary()
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb", buffering=0) as file:
                 for part in _parts(image):
@@ -143,7 +153,10 @@ class Cache:
             raise
 
     def _sweep(self, keep: str) -> None:
-        """Drop what is too old or too much, dead links, and what killed writers left."""
+        """Drop what is too old or too much, dead links, and what killed writers left.
+
+        Only what has a name as given here: the folder may be one that somebody chose.
+        """
         assert self.folder is not None
         now = time.time()
         entries = []
@@ -151,20 +164,23 @@ class Cache:
             for item in found:
                 status = item.stat(follow_symlinks=False)
                 age = now - status.st_mtime
-                if item.is_symlink():
-                    dead = not os.path.exists(item.path)
-                elif item.name.endswith(".tmp"):
-                    dead = age > _STRAY_AGE
-                else:
-                    dead = age > MAX_AGE or not item.name.endswith(_SUFFIX)
-                    if not dead and item.name != keep:
+                if item.name == keep:
+                    entries.append((-1.0, status.st_size, item.path))
+                elif _LINK.fullmatch(item.name) and item.is_symlink():
+                    if not os.path.exists(item.path):
+                        os.unlink(item.path)
+                elif _TEMPORARY.fullmatch(item.name):
+                    if age > _STRAY_AGE:
+                        os.unlink(item.path)
+                elif _ENTRY.fullmatch(item.name):
+                    if age > MAX_AGE or not item.name.endswith(_SUFFIX):
+                        os.unlink(item.path)
+                    else:
                         entries.append((age, status.st_size, item.path))
-                if dead:
-                    os.unlink(item.path)
-        total = os.stat(os.path.join(self.folder, keep)).st_size
+        total = 0
         for _, size, path in sorted(entries):
             total += size
-            if total > MAX_BYTES:
+            if total > MAX_BYTES and size < total:
                 os.unlink(path)
 
 
