@@ -377,6 +377,21 @@ def test_the_receivers_fifo_is_cleared_when_told_and_when_it_comes_or_goes(
     assert count == kept
 
 
+@pytest.mark.parametrize(("fcr", "kept"), [(0, b"z"), (1, b"abcdefghijklmnop")])
+def test_an_overrun_loses_the_old_byte_or_with_fifos_the_new_ones(
+    wire: Wire, fcr: int, kept: bytes
+) -> None:
+    serial = wire.serial
+    out(serial, FCR, fcr)
+    out(serial, MCR, 0x10)
+    for byte in b"abcdefghijklmnopqrstuvwxyz":
+        out(serial, DATA, byte)
+    assert inb(serial, LSR) & 0x03 == 0x03
+    assert inb(serial, LSR) & 0x02 == 0
+    assert bytes(inb(serial, DATA) for _ in kept) == kept
+    assert inb(serial, LSR) & 1 == 0
+
+
 # ---- interrupts --------------------------------------------------------------------------------
 
 
