@@ -55,6 +55,7 @@ def prepare(
         if entry.function == 1:
             entry.ebx = entry.ebx & 0xFFFF | (count & 0xFF) << 16 | (index & 0xFF) << 24
             entry.edx = entry.edx & ~(1 << 28) | (count > 1) << 28  # ht: the count is valid
+            entry.ecx |= 1 << 31  # a hypervisor is there: older kernels leave it to us to say so
             if irqchip:
                 entry.ecx |= 1 << 24  # TSC deadline: KVM has it, but leaves it to us to say so
         elif entry.function == 4:
