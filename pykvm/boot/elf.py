@@ -43,6 +43,7 @@ _SHN_UNDEF = 0
 _STT_SECTION, _STT_FILE = 3, 4
 _PN_XNUM = 0xFFFF
 _LONGEST_NAME = 4096
+_MOST_NOTES = 4096  # Linux has some twenty
 
 
 class Segment(NamedTuple):
@@ -102,15 +103,21 @@ class ElfImage:
     def notes(self) -> Iterator[tuple[bytes, int, bytes]]:
         """Yield (name without its NUL, type, descriptor) of each note in the PT_NOTE segments.
 
-        Raises BootError for a note that does not fit into its segment.
+        Raises BootError for a note that does not fit into its segment, and for thousands of them.
         """
         fields = _EHDR[self.bits].unpack_from(self.data)
         view = memoryview(self.data)
+        count = 0
         for _, p_type, _, p_offset, _, _, p_filesz, _, p_align in _program_headers(
             self.data, self.bits, fields[5], fields[10]
         ):
-            if p_type == _PT_NOTE:
-                yield from _notes(view[p_offset : p_offset + p_filesz], p_filesz, p_align)
+            if p_type != _PT_NOTE:
+                continue
+            for note in _notes(view[p_offset : p_offset + p_filesz], p_filesz, p_align):
+                count += 1
+                if count > _MOST_NOTES:
+                    raise _bad("PT_NOTE", f"at most {_MOST_NOTES} notes", "more")
+                yield note
 
     def __repr__(self) -> str:
         parts = ", ".join(f"{s.gpa:#x}+{s.size:#x}" for s in self.segments)

@@ -6,6 +6,8 @@ the host's pages behind them touched, which costs more than the copying.
 
 from __future__ import annotations
 
+from pykvm.errors import BootError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from pykvm.boot.placement import Placement
     from pykvm.boot.ram import Buffer
 
+MOST_SEGMENTS = 1024
+"""A kernel has some five. Each is held against each other, so there is a limit."""
 _CHUNK = 1 << 16
 _ZEROS = bytes(_CHUNK)
 
@@ -74,7 +78,16 @@ class Image:
 
 
 def from_elf(elf: ElfImage, pvh_entry: int | None = None) -> Image:
-    """The image that an ELF executable describes."""
+    """The image that an ELF executable describes.
+
+    Raises:
+        BootError: thousands of segments.
+    """
+    if len(elf.segments) > MOST_SEGMENTS:
+        raise BootError(
+            f"ELF image: e_phnum: expected at most {MOST_SEGMENTS} segments to load, found "
+            f"{len(elf.segments)}"
+        )
     view = memoryview(elf.data)
     runs: list[tuple[int, Buffer]] = []
     for segment in elf.segments:

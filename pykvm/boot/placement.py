@@ -76,7 +76,7 @@ class Placement:
         )
 
     def highest(self, length: int, what: str, limit: int = _4GIB, start: int = 0) -> int:
-        """Claim whole pages as high as possible below ``limit`` and from ``start`` on."""
+        """Claim a range as high as possible in ``start .. limit``, from a page's beginning on."""
         best = -1
         for low, high in self._free(start, limit):
             gpa = (high - length) & -_PAGE
@@ -89,7 +89,7 @@ class Placement:
     def lowest(
         self, length: int, what: str, start: int = 0, limit: int = _4GIB, align: int = _PAGE
     ) -> int:
-        """Claim a range as low as possible, but not below ``start``."""
+        """Claim a range as low as possible in ``start .. limit``."""
         for low, high in sorted(self._free(start, limit)):
             gpa = (low + align - 1) & -align
             if gpa + length <= high:
