@@ -89,7 +89,8 @@ def test_any_value_in_any_field_of_the_setup_header(name: str, value: int) -> No
     _, form, _ = FIELDS[name]
     value %= 1 << (8 * struct.calcsize(form))
     for protocol in ("auto", "bzimage"):
-        try_to_load(bzimage(**{name: value}), initrd=b"initrd", protocol=protocol)
+        fields: dict[str, Any] = {name: value}
+        try_to_load(bzimage(**fields), initrd=b"initrd", protocol=protocol)
 
 
 @st.composite

@@ -270,7 +270,7 @@ def test_an_elf_kernel_that_cannot_be_linux_is_refused(
     ],
 )
 def test_a_field_out_of_its_limits_is_named_and_nothing_is_written(
-    fields: dict[str, int], message: str
+    fields: dict[str, Any], message: str
 ) -> None:
     mem = FakeMemory((0, RAM))
     with pytest.raises(BootError, match=message):
