@@ -16,7 +16,25 @@ byte, and returns a plain description of how to enter it.
 from __future__ import annotations
 
 from pykvm.boot import layout
-from pykvm.boot.loader import load
-from pykvm.boot.plan import BootPlan
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.boot.loader import load
+    from pykvm.boot.plan import BootPlan
 
 __all__ = ["BootPlan", "layout", "load"]
+
+_LATER = {"load": "loader", "BootPlan": "plan"}
+
+
+def __getattr__(name: str) -> Any:
+    """Load what a tiny guest does not need when it is first asked for."""
+    if name in _LATER:
+        from importlib import import_module
+
+        value = getattr(import_module(f"pykvm.boot.{_LATER[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pykvm.boot' has no attribute {name!r}")

@@ -160,8 +160,7 @@ def unpacked(job: Job, image: BzImage, required: bool) -> Image | None:
     None, and a note, where nothing here unpacks it; BootError instead if it is ``required``, and
     always for a payload that is corrupt: the image could not unpack it either.
     """
-    from pykvm.boot import cache, elf, pvh, unpack
-    from pykvm.boot.image import from_elf
+    from pykvm.boot import cache, unpack
 
     plan, store = job.plan, job.cache
     name = plan.format = unpack.identify(image.payload)
@@ -185,6 +184,9 @@ def unpacked(job: Job, image: BzImage, required: bool) -> Image | None:
             raise _bad("payload", "one that can be unpacked here", reason)
         plan.notes.append(f"the image unpacks itself: {reason}")
         return None
+    from pykvm.boot import elf, pvh
+    from pykvm.boot.image import from_elf
+
     size = len(image.payload) if name == "elf" else image.unpacked_size()
     parsed = elf.parse(unpack.unpack(image.payload, name, size))
     kernel = from_elf(parsed, pvh.find_entry(parsed))

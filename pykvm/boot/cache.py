@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import mmap
 import os
-import re
 import struct
 import time
 import zlib
-from contextlib import suppress
 
 from pykvm.boot.image import Image
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 MAX_BYTES = 512 << 20
 """Entries used least recently are dropped beyond this."""
@@ -45,9 +43,9 @@ _NO_PVH = (1 << 64) - 1
 _MOST_HEADER = 1 << 20
 _SUFFIX = f".{_VERSION}"
 
-_ENTRY = re.compile(r"[0-9a-f]{64}\.\d+")
-_LINK = re.compile(r"id-[0-9a-f-]+")
-_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.tmp")
+_ENTRY = r"[0-9a-f]{64}\.\d+"
+_LINK = r"id-[0-9a-f-]+"
+_TEMPORARY = r"\.[0-9a-f]{16}\.tmp"
 
 
 def default_folder() -> str | None:
@@ -101,8 +99,7 @@ class Cache:
         try:
             image = _read(fd)
             if image is not None:
-                with suppress(OSError):  # another user's file, a read-only file system
-                    os.utime(fd)  # used now
+                _try(os.utime, fd)  # used now
             return image
         except (OSError, ValueError):
             return None
@@ -119,8 +116,7 @@ class Cache:
         except OSError:
             return False
         self.link(alias, name)
-        with suppress(OSError):  # another process sweeps as well
-            self._sweep(keep=name + _SUFFIX)
+        _try(self._sweep, name + _SUFFIX)
         return True
 
     def link(self, alias: str, name: str) -> None:
@@ -128,9 +124,8 @@ class Cache:
         if self.folder is None or not alias:
             return
         temporary = self._temporary()
-        with suppress(OSError):
-            os.symlink(name + _SUFFIX, temporary)
-            os.replace(temporary, os.path.join(self.folder, alias))
+        _try(os.symlink, name + _SUFFIX, temporary)
+        _try(os.replace, temporary, os.path.join(self.folder, alias))
 
     def _temporary(self) -> str:
         """A name that no other writer has."""
@@ -157,6 +152,8 @@ class Cache:
 
         Only what has a name as given here: the folder may be one that somebody chose.
         """
+        import re
+
         assert self.folder is not None
         now = time.time()
         entries = []
@@ -166,13 +163,13 @@ class Cache:
                 age = now - status.st_mtime
                 if item.name == keep:
                     entries.append((-1.0, status.st_size, item.path))
-                elif _LINK.fullmatch(item.name) and item.is_symlink():
+                elif re.fullmatch(_LINK, item.name) and item.is_symlink():
                     if not os.path.exists(item.path):
                         os.unlink(item.path)
-                elif _TEMPORARY.fullmatch(item.name):
+                elif re.fullmatch(_TEMPORARY, item.name):
                     if age > _STRAY_AGE:
                         os.unlink(item.path)
-                elif _ENTRY.fullmatch(item.name):
+                elif re.fullmatch(_ENTRY, item.name):
                     if age > MAX_AGE or not item.name.endswith(_SUFFIX):
                         os.unlink(item.path)
                     else:
@@ -182,6 +179,14 @@ class Cache:
             total += size
             if total > MAX_BYTES and size < total:
                 os.unlink(path)
+
+
+def _try(action: Callable[..., object], *args: object) -> None:
+    """Do what would be good but need not be: others may own the file, or sweep as well."""
+    try:
+        action(*args)
+    except OSError:
+        return
 
 
 def _parts(image: Image) -> Iterator[bytes | memoryview]:

@@ -6,10 +6,9 @@ Interfaces" defines the types).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 from pykvm.boot import layout
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -19,12 +18,29 @@ RAM, RESERVED, ACPI, NVS, UNUSABLE = 1, 2, 3, 4, 5
 _NAMES = {RAM: "RAM", RESERVED: "reserved", ACPI: "ACPI", NVS: "ACPI NVS", UNUSABLE: "unusable"}
 
 
-class E820(NamedTuple):
-    """One entry: ``size`` bytes from ``base``, guest-physical."""
+class E820(tuple[int, int, int]):
+    """One entry, (base, size, type): ``size`` bytes from ``base``, guest-physical."""
 
-    base: int
-    size: int
-    type: int
+    __slots__ = ()
+
+    def __new__(cls, base: int, size: int, type: int) -> E820:
+        """Make an entry."""
+        return super().__new__(cls, (base, size, type))
+
+    @property
+    def base(self) -> int:
+        """The first gpa."""
+        return self[0]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self[1]
+
+    @property
+    def type(self) -> int:
+        """``RAM``, ``RESERVED``, …"""
+        return self[2]
 
     @property
     def end(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pykvm.boot import bzimage, e820, elf, layout
+from pykvm.boot import bzimage, e820, layout
 from pykvm.boot.cache import Cache, default_folder
 from pykvm.boot.job import Job, program_name
 from pykvm.boot.source import Source
@@ -104,6 +104,8 @@ def _dispatch(job: Job, protocol: str) -> None:
 
         linux.load_bzimage(job, protocol)
         return
+    from pykvm.boot import elf
+
     if protocol == "bzimage":
         found = "an ELF file" if elf.is_elf(data) else "none"
         raise BootError(f'bzImage: header: expected "HdrS" at 0x202, found {found}')
@@ -130,7 +132,7 @@ def _dispatch(job: Job, protocol: str) -> None:
 
 
 def _load_elf(job: Job, protocol: str) -> None:
-    from pykvm.boot import linux, pvh
+    from pykvm.boot import elf, linux, pvh
     from pykvm.boot.image import from_elf
 
     parsed = job.plan.elf = elf.parse(job.kernel.data)

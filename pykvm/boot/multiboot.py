@@ -32,7 +32,7 @@ _KNOWN = _PAGE_ALIGN | _MEMORY_INFO
 
 # Info flags: which of the fields are there.
 _MEM, _CMDLINE, _MODS, _MMAP, _NAME = 1, 1 << 2, 1 << 3, 1 << 6, 1 << 9
-_INFO_SIZE = 88  # up to vbe_interface_len, as old kernels have it that copy all of it
+_INFO_SIZE = 120  # all of it, the frame buffer's fields too: some kernels copy it whole
 # flags, mem_lower, mem_upper, boot_device, cmdline, mods_count, mods_addr
 _INFO_HEAD = struct.Struct("<IIIIIII")
 _MMAP_AT = 44  # mmap_length, mmap_addr
