@@ -109,9 +109,10 @@ struct pykvm_access {
 
 enum pykvm_pending {
     PYKVM_IDLE,       /* nothing: enter the guest */
-    PYKVM_UNSERVED,   /* an exit was taken and is still to be dispatched (traced runs) */
-    PYKVM_RETRY,      /* the same item again (its ring was full) */
+    PYKVM_UNSERVED,   /* an exit was taken and is still to be dispatched */
+    PYKVM_RETRY,      /* the same item again (its ring was full, or Python never got to it) */
     PYKVM_UNANSWERED, /* Python was asked, and answers with the next call */
+    PYKVM_HANDED,     /* Python has another exit (PYKVM_EXIT); the next call goes on */
 };
 
 struct pykvm_vcpu {
@@ -172,10 +173,11 @@ enum {
 
 /*
  * Bind the vCPU to the calling thread until pykvm_vcpu_end(): from here on a stop or the deadline
- * interrupts it.  Runs nest: a handler may run another machine.  0 or -errno (EBUSY: the kick
- * signal has a handler that is not ours).
+ * interrupts it.  Runs nest: a handler may run another machine.  0 or -errno (EBUSY: it is bound
+ * already; EEXIST: the kick signal has a handler that is not ours).  The end of a vCPU that the
+ * thread did not begin last does nothing.  `stop` outlives the end: who ends a run clears it.
  */
-int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu);
+int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu, int64_t deadline);
 void pykvm_vcpu_end(struct pykvm_vcpu *vcpu);
 
 /*

@@ -251,7 +251,7 @@ class Cpu:
         """
         from pykvm.arch.x86_64 import modes
 
-        if self._runner.c.entries:
+        if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
             self._forget_history()
         if mode == "long64" and "gigapages" not in options:
             options["gigapages"] = any(
@@ -311,7 +311,7 @@ class Cpu:
     def state(self, halted: bool = False) -> CpuState:
         """Where the vCPU is, for a result. ``halted``: it is known to have executed HLT."""
         regs = self.load_regs()
-        if not halted:
+        if not halted and not (halted := self._runner.halted):
             halted = self._vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED
         return CpuState(self.index, regs.rip, self.code(), halted, bool(regs.rflags & 1 << 9))
 

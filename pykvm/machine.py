@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from _thread import RLock
 
 from pykvm import result as reasons
 from pykvm._abi import lib
 from pykvm._typing import overload
 from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
-from pykvm.errors import ClosedError
+from pykvm.errors import BusyError, ClosedError
 from pykvm.kvm import Kvm, new_cpuid2
 from pykvm.memory import GuestMemory
 from pykvm.result import RunResult
@@ -89,8 +90,9 @@ class Machine:
         self._msrs: dict[int, Callable[[Any], object]] = {}
         self._closed = False
         self._irqchip = irqchip
-        self.pio = Bus("pio", self._slots, self._doorbell)
-        self.mmio = Bus("mmio", self._slots, self._doorbell)
+        lock = RLock()
+        self.pio = Bus("pio", self._slots, self._doorbell, lock)
+        self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
         self.kvm = Kvm(path)
         try:
             self.vm: Vm = self.kvm.create_vm()
@@ -314,9 +316,7 @@ class Machine:
             return False
         if size == 0 and not self.vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH"):
             return False
-        self.vm.ioeventfd(
-            addr=claim.first, len=size, fd=claim.device, datamatch=datamatch, flags=flags
-        )
+        self.vm.ioeventfd(addr=claim.first, len=size, fd=claim.fd, datamatch=datamatch, flags=flags)
         return True
 
     # ---- running -------------------------------------------------------------------------------
@@ -354,30 +354,39 @@ class Machine:
         for cpu in cpus:
             if cpu.ended:
                 return self._still_ended(cpu)
+        if any(runner.owner for runner in self._runners):
+            raise self._busy()
         before = sum(cpu._runner.c.exits for cpu in cpus)
         start = time.perf_counter()
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
             deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(timeout * 1e9)
-        if len(cpus) == 1:
-            cpu = cpus[0]
-            try:
-                end = cpu._runner.run(deadline, max_exits)
-            except KeyboardInterrupt:
-                end = End(reasons.INTERRUPTED)
-        else:
-            from pykvm.smp import run_together
+        try:
+            if len(cpus) == 1:
+                cpu = cpus[0]
+                try:
+                    end = cpu._runner.run(deadline, max_exits)
+                except KeyboardInterrupt:
+                    end = End(reasons.INTERRUPTED)
+            else:
+                from pykvm.smp import run_together
 
-            cpu, end = run_together(cpus, deadline, max_exits)
+                cpu, end = run_together(cpus, deadline, max_exits)
+        finally:
+            if len(self.cpus) > 1:  # stop() was for this run, also where it reached none that ran
+                for runner in self._runners:
+                    runner.forget_stop()
+        if end.reason in _FATAL:
+            cpu.ended = end.reason
         seconds = time.perf_counter() - start
         exits = sum(cpu._runner.c.exits for cpu in cpus) - before
         result = RunResult(
             end.reason, exits=exits, seconds=seconds, exit=end.exit, code=end.code, cpu=cpu.index
         )
-        self.pio.drain()
-        self.mmio.drain()
         if end.reason != reasons.HALTED:
             self._finish(result, cpu, cpus)
+        self.pio.drain()
+        self.mmio.drain()
         return result
 
     def _finish(self, result: RunResult, cpu: Cpu, cpus: list[Cpu]) -> None:
@@ -388,7 +397,6 @@ class Machine:
             from pykvm.diagnose import explain
 
             result.error = explain(cpu, result.reason, result.exit)
-            cpu.ended = result.reason
         elif not result.ok:
             from pykvm.diagnose import incomplete
 
@@ -406,6 +414,9 @@ class Machine:
             error=last.error if last else None,
             cpu=cpu.index,
         )
+
+    def _busy(self) -> BusyError:
+        return BusyError("a vCPU of this machine is running: stop() it first")
 
     def stop(self) -> None:
         """End the run with reason "stopped": from a handler, or from any thread.
@@ -432,9 +443,7 @@ class Machine:
         """
         for runner in self._runners:
             if runner.owner:
-                from pykvm.errors import BusyError
-
-                raise BusyError("a vCPU is running: stop() the machine before closing it")
+                raise self._busy()
         if self._closed:
             return
         self._closed = True

@@ -8,6 +8,7 @@ by an action in C, which costs no Python, or by a Python handler. The C loop rea
 from __future__ import annotations
 
 import os
+from _thread import RLock
 
 from pykvm._abi import ffi, lib
 from pykvm.devices.access import Access, MmioAccess, PioAccess
@@ -41,12 +42,13 @@ class Claim:
         on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
         value: what reads answer where the action does not say.
         handler: the Python handler, or None.
-        device: the :class:`Fifo`, :class:`Log` or eventfd number behind it, or None.
+        device: the :class:`Fifo` or :class:`Log` behind it, or None.
+        fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
     """
 
     __slots__ = (
-        "_hits", "bus", "device", "first", "handler", "in_kernel", "last", "on_read", "on_write",
-        "slot", "tag", "value",
+        "_hits", "bus", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
+        "on_write", "slot", "tag", "value",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +62,7 @@ class Claim:
         handler: Handler | None = None,
         device: Any = None,
         tag: str = "",
+        fd: int = -1,
     ) -> None:
         self.bus = bus
         self._hits = ffi.new("uint64_t *")
@@ -70,6 +73,7 @@ class Claim:
         self.value = value
         self.handler = handler
         self.device = device
+        self.fd = fd
         self.tag = tag
         self.slot = 0
         self.in_kernel: list[tuple[int, int | None]] = []
@@ -82,6 +86,14 @@ class Claim:
     def release(self) -> None:
         """Give the range back; its eventfds are closed. Idempotent."""
         self.bus.release(self)
+
+    def _close(self) -> None:
+        """Close what it opened; nobody serves it any more."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(self.device, (Fifo, Log)):
+            self.device.close()
 
     def __repr__(self) -> str:
         names = {self.on_read: "", self.on_write: ""}
@@ -108,9 +120,16 @@ class Bus:
         slots: the machine's table of Python handlers, shared by both buses.
         doorbell: asks KVM for an ioeventfd: ``(claim, size, datamatch, on) -> done``; None without
             KVM.
+        lock: held while claims change; shared by the buses that share ``slots``.
     """
 
-    def __init__(self, name: str, slots: list[Slot], doorbell: DoorbellFn | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        slots: list[Slot],
+        doorbell: DoorbellFn | None = None,
+        lock: RLock | None = None,
+    ) -> None:
         if name not in ("pio", "mmio"):
             raise ValueError(f'a bus is "pio" or "mmio", not {name!r}')
         self.name = name
@@ -118,7 +137,9 @@ class Bus:
         self._kind: type[Access] = PioAccess if name == "pio" else MmioAccess
         self._slots = slots
         self._doorbell = doorbell
-        self._claims: list[Claim] = []
+        self._lock = lock or RLock()
+        self._claims: list[Claim] = []  # replaced whole: find() reads it without the lock
+        self._retired: list[Claim] = []  # released while a loop may still have been serving them
         self._vcpus: list[Any] = []
         self._alive: list[Any] = []  # every table that a running loop may still be reading
 
@@ -197,17 +218,25 @@ class Bus:
 
         Args:
             first: port or address; ``size`` bytes wide, or 1 if that is 0.
-            fd: an eventfd, which stays the caller's.
+            fd: an eventfd, which stays the caller's and may be closed: the claim has a duplicate.
             size: in-kernel match of the width: 1, 2, 4, 8; 0 any (KVM_CAP_IOEVENTFD_ANY_LENGTH).
             datamatch: only this value rings in the kernel; others still ring through C.
             value: what reads answer.
         """
-        os.fstat(fd)
-        claim = self._claim(
-            first, max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, device=fd
-        )
-        if self._doorbell is not None and self._doorbell(claim, size, datamatch, True):
-            claim.in_kernel.append((size, datamatch))
+        own = os.dup(fd)
+        try:
+            claim = self._claim(
+                first, max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, fd=own
+            )
+        except BaseException:
+            os.close(own)
+            raise
+        try:
+            if self._doorbell is not None and self._doorbell(claim, size, datamatch, True):
+                claim.in_kernel.append((size, datamatch))
+        except BaseException:
+            self.release(claim)
+            raise
         return claim
 
     def _claim(
@@ -220,58 +249,61 @@ class Bus:
         if not 0 <= value < 1 << 64:
             raise ValueError(f"value {value:#x} does not fit 64 bits")
         claim = Claim(self, first, first + length - 1, on_read, on_write, value, **rest)
-        at = self._position(first)
-        for other in self._claims[max(at - 1, 0) : at + 1]:
-            if other.first <= claim.last and claim.first <= other.last:
-                raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
-        claim.slot = self._take_slot(claim)
-        self._claims.insert(at, claim)
-        self._changed()
+        with self._lock:
+            claims = self._claims
+            at = _position(claims, first)
+            for other in claims[max(at - 1, 0) : at + 1]:
+                if other.first <= claim.last and claim.first <= other.last:
+                    raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
+            claim.slot = self._take_slot(claim)
+            self._claims = [*claims[:at], claim, *claims[at:]]
+            self._changed()
         return claim
 
-    def _position(self, first: int) -> int:
-        low, high = 0, len(self._claims)
-        while low < high:
-            middle = (low + high) // 2
-            if self._claims[middle].first < first:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+    def _running(self) -> bool:
+        """Whether a loop may hold a table, a slot number or a descriptor from before."""
+        return any(vcpu.tid for vcpu in self._vcpus)
 
     def _take_slot(self, claim: Claim) -> int:
-        """Every claim has a slot: C names by it whose ring is full or whose port said stop."""
+        """Every claim has a slot: C names its handler by it.
+
+        While the guest runs a free one is used only for want of fresh ones: an access to the claim
+        that had it may be on its way.
+        """
         entry = (claim.handler or _no_handler, self._kind, claim.first)
-        for number, (handler, _, _) in enumerate(self._slots):
-            if handler is _free:
-                self._slots[number] = entry
-                return number
-        if len(self._slots) >= lib.PYKVM_SLOTS:
+        full = len(self._slots) >= lib.PYKVM_SLOTS
+        if full or not self._running():
+            for number, (handler, _, _) in enumerate(self._slots):
+                if handler is _free:
+                    self._slots[number] = entry
+                    return number
+        if full:
             raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
         self._slots.append(entry)
         return len(self._slots) - 1
 
     def release(self, claim: Claim) -> None:
         """Give a range back. Idempotent."""
-        if claim not in self._claims:
-            return
-        for size, datamatch in claim.in_kernel:
-            assert self._doorbell is not None
-            self._doorbell(claim, size, datamatch, False)
-        claim.in_kernel.clear()
-        self._claims.remove(claim)
-        self._slots[claim.slot] = (_free, self._kind, 0)
-        self._changed()
-        if isinstance(claim.device, (Fifo, Log)):
-            claim.device.close()
+        with self._lock:
+            if claim not in self._claims:
+                return
+            for size, datamatch in claim.in_kernel:
+                assert self._doorbell is not None
+                self._doorbell(claim, size, datamatch, False)
+            claim.in_kernel.clear()
+            self._claims = [other for other in self._claims if other is not claim]
+            self._slots[claim.slot] = (_free, self._kind, 0)
+            self._retired.append(claim)
+            self._changed()
 
     # ---- looking up ----------------------------------------------------------------------------
 
     def find(self, address: int) -> Claim | None:
         """The claim that serves an address, or None."""
-        at = self._position(address + 1) - 1
-        if at >= 0 and self._claims[at].first <= address <= self._claims[at].last:
-            return self._claims[at]
+        claims = self._claims
+        at = _position(claims, address + 1) - 1
+        if at >= 0 and claims[at].first <= address <= claims[at].last:
+            return claims[at]
         return None
 
     def __iter__(self) -> Any:
@@ -284,16 +316,20 @@ class Bus:
         return "\n".join([f"<Bus {self.name}: {len(self)} claims>", *map(repr, self._claims)])
 
     def drain(self) -> None:
-        """Empty every ring into its Python end."""
+        """Empty every ring into its Python end; over the limit, what is in the ring waits there."""
         for claim in self._claims:
             if isinstance(claim.device, (Fifo, Log)):
-                claim.device.drain()
+                claim.device.drain(at_end=True)
 
     def close(self) -> None:
-        """Release every claim."""
-        for claim in tuple(self._claims):
+        """Release every claim. No vCPU may use this bus any more."""
+        for vcpu in self._vcpus:
+            setattr(vcpu, self.name, ffi.NULL)
+        self._vcpus.clear()
+        for claim in self._claims:
             claim.in_kernel.clear()  # they go with the VM's fd
             self.release(claim)
+        self._changed()
 
     # ---- the table for C -----------------------------------------------------------------------
 
@@ -305,12 +341,16 @@ class Bus:
         setattr(vcpu, self.name, self._alive[-1][0])
 
     def _changed(self) -> None:
-        if self._vcpus:
-            running = any(vcpu.tid for vcpu in self._vcpus)
-            fresh = self._build()
-            for vcpu in self._vcpus:
-                setattr(vcpu, self.name, fresh[0])
-            self._alive = [*self._alive, fresh] if running else [fresh]
+        fresh = [self._build()] if self._vcpus else []
+        for vcpu in self._vcpus:
+            setattr(vcpu, self.name, fresh[0][0])
+        if self._running():  # asked last: a loop that begins from here on uses the fresh table
+            self._alive += fresh
+            return
+        self._alive = fresh
+        retired, self._retired = self._retired, []
+        for claim in retired:
+            claim._close()
 
     def _build(self) -> Any:
         ranges = ffi.new("struct pykvm_range[]", max(len(self._claims), 1))
@@ -322,12 +362,23 @@ class Bus:
                 c.out = claim.device.output.c
             if isinstance(claim.device, Fifo):
                 setattr(c, "in", claim.device.input.c)
-            elif isinstance(claim.device, int):
-                c.fd = claim.device
+            c.fd = claim.fd
         table = ffi.new("struct pykvm_table *")
         table.count = len(self._claims)
         table.ranges = ranges
         return table, ranges, tuple(self._claims)  # the claims keep hits and rings alive
+
+
+def _position(claims: list[Claim], first: int) -> int:
+    """Where in the sorted claims one that begins at ``first`` belongs."""
+    low, high = 0, len(claims)
+    while low < high:
+        middle = (low + high) // 2
+        if claims[middle].first < first:
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 def _free(access: Access) -> int | None:

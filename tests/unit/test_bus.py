@@ -139,3 +139,40 @@ def test_claims_and_buses_print_what_they_are() -> None:
     bus = Bus("pio", [])
     bus.constant(0x71, 1)
     assert "0x71..0x71 constant/ignore, 0 hits" in repr(bus)
+
+
+# ---- doorbells -----------------------------------------------------------------------------------
+
+
+def test_a_doorbell_that_kvm_refuses_leaves_no_claim_and_no_descriptor() -> None:
+    def refuse(claim: object, size: int, datamatch: int | None, on: bool) -> bool:
+        raise OSError("refused")
+
+    bus = Bus("pio", [], refuse)
+    fd = os.eventfd(0)
+    try:
+        open_before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="refused"):
+            bus.eventfd(0x50, fd)
+        assert len(bus) == 0
+        assert set(os.listdir("/proc/self/fd")) == open_before
+    finally:
+        os.close(fd)
+
+
+def test_a_doorbell_does_not_need_the_callers_descriptor_any_more() -> None:
+    """Else a guest would write to whatever file has the number next."""
+    calls: list[bool] = []
+
+    def doorbell(claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
+        os.fstat(claim.fd)
+        calls.append(on)
+        return True
+
+    bus = Bus("pio", [], doorbell)
+    fd = os.eventfd(0)
+    claim = bus.eventfd(0x50, fd)
+    os.close(fd)
+    claim.release()
+    assert calls == [True, False]
+    assert claim.fd == -1
