@@ -56,17 +56,24 @@ def run_together(cpus: list[Cpu], deadline: int, max_exits: int | None) -> tuple
     gate = threading.Event()
     ready: list[bool] = []
 
+    # Not Thread.join(): interrupted by Ctrl-C it takes a thread for ended that is not (3.11).
+    home: list[Cpu] = []
+    all_home = threading.Event()
+
     def thread(cpu: Cpu) -> None:
         gate.wait()
         if ready:
             one(cpu)
+            with bookkeeping:
+                home.append(cpu)
+                if len(home) == len(threads):
+                    all_home.set()
 
     threads = [
         threading.Thread(target=thread, args=(cpu,), name=f"vcpu{cpu.index}", daemon=True)
         for cpu in cpus[1:]
     ]
-    home = False
-    while not home:
+    while True:
         try:
             if not decisive and not ready:
                 for each in threads:
@@ -75,10 +82,12 @@ def run_together(cpus: list[Cpu], deadline: int, max_exits: int | None) -> tuple
                 gate.set()
                 one(cpus[0])
             gate.set()
+            if ready:
+                all_home.wait()
             for each in threads:
                 if each.is_alive():
                     each.join()
-            home = True
+            break
         except BaseException as error:  # Ctrl-C outside the first one's run; no thread to be had
             decide(cpus[0], _raised(error))
             cpus[0]._runner.stop()

@@ -139,9 +139,10 @@ class Bus:
         self._doorbell = doorbell
         self._lock = lock or RLock()
         self._claims: list[Claim] = []  # replaced whole: find() reads it without the lock
-        self._retired: list[Claim] = []  # released while a loop may still have been serving them
         self._vcpus: list[Any] = []
-        self._alive: list[Any] = []  # every table that a running loop may still be reading
+        self._table: Any = None
+        # What a loop may still be using: since when, the table, and the claim that was released.
+        self._retired: list[tuple[list[tuple[Any, int]], Any, Claim | None]] = []
 
     # ---- claiming ------------------------------------------------------------------------------
 
@@ -260,23 +261,19 @@ class Bus:
             self._changed()
         return claim
 
-    def _running(self) -> bool:
-        """Whether a loop may hold a table, a slot number or a descriptor from before."""
-        return any(vcpu.tid for vcpu in self._vcpus)
-
     def _take_slot(self, claim: Claim) -> int:
         """Every claim has a slot: C names its handler by it.
 
-        While the guest runs a free one is used only for want of fresh ones: an access to the claim
-        that had it may be on its way.
+        That of a claim just released is taken only for want of others: an access to it may be on
+        its way.
         """
+        self._let_go()
         entry = (claim.handler or _no_handler, self._kind, claim.first)
         full = len(self._slots) >= lib.PYKVM_SLOTS
-        if full or not self._running():
-            for number, (handler, _, _) in enumerate(self._slots):
-                if handler is _free:
-                    self._slots[number] = entry
-                    return number
+        for number, (handler, _, _) in enumerate(self._slots):
+            if handler is _free or (full and handler is _released):
+                self._slots[number] = entry
+                return number
         if full:
             raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
         self._slots.append(entry)
@@ -292,9 +289,8 @@ class Bus:
                 self._doorbell(claim, size, datamatch, False)
             claim.in_kernel.clear()
             self._claims = [other for other in self._claims if other is not claim]
-            self._slots[claim.slot] = (_free, self._kind, 0)
-            self._retired.append(claim)
-            self._changed()
+            self._slots[claim.slot] = (_released, self._kind, claim.first)
+            self._changed(claim)
 
     # ---- looking up ----------------------------------------------------------------------------
 
@@ -336,21 +332,32 @@ class Bus:
     def attach(self, vcpu: Any) -> None:
         """Let a ``struct pykvm_vcpu`` use this bus from now on."""
         self._vcpus.append(vcpu)
-        if not self._alive:
-            self._alive = [self._build()]
-        setattr(vcpu, self.name, self._alive[-1][0])
+        if self._table is None:
+            self._table = self._build()
+        setattr(vcpu, self.name, self._table[0])
 
-    def _changed(self) -> None:
-        fresh = [self._build()] if self._vcpus else []
+    def _changed(self, released: Claim | None = None) -> None:
+        before, self._table = self._table, self._build() if self._vcpus else None
         for vcpu in self._vcpus:
-            setattr(vcpu, self.name, fresh[0][0])
-        if self._running():  # asked last: a loop that begins from here on uses the fresh table
-            self._alive += fresh
-            return
-        self._alive = fresh
-        retired, self._retired = self._retired, []
-        for claim in retired:
-            claim._close()
+            setattr(vcpu, self.name, self._table[0])
+        # Asked last: a loop that begins from here on uses the new table.
+        since = [(vcpu, vcpu.entries) for vcpu in self._vcpus if vcpu.tid]
+        self._retired.append((since, before, released))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free what was retired before every vCPU ended its run or entered the guest anew.
+
+        Until then its loop may hold the table, a descriptor out of it, or the number of a slot.
+        """
+        waiting, self._retired = self._retired, []
+        for since, table, claim in waiting:
+            if any(vcpu.tid and vcpu.entries == entries for vcpu, entries in since):
+                self._retired.append((since, table, claim))
+            elif claim is not None:
+                if self._slots[claim.slot][0] is _released:
+                    self._slots[claim.slot] = (_free, self._kind, 0)
+                claim._close()
 
     def _build(self) -> Any:
         ranges = ffi.new("struct pykvm_range[]", max(len(self._claims), 1))
@@ -382,5 +389,10 @@ def _position(claims: list[Claim], first: int) -> int:
 
 
 def _free(access: Access) -> int | None:
-    """Mark a slot that belongs to no claim. A late access finds an empty bus."""
+    """Mark a slot that belongs to no claim."""
+    return None
+
+
+def _released(access: Access) -> int | None:
+    """Mark the slot of a claim that was released. A late access finds an empty bus."""
     return None

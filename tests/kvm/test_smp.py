@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -229,3 +230,32 @@ def test_a_second_vcpu_that_is_entered_needs_no_start_up_ipi() -> None:
         m.cpus[1].enter("long64", entry=0x10002)
         result = m.run(timeout=60)
         assert (result.reason, result.cpu) == (reasons.DEBUG_EXIT, 1)
+
+
+def test_ctrl_c_again_and_again_ends_no_run_before_every_vcpu_is_home() -> None:
+    """The first comes to the vCPU of the main thread, the next while it waits for the others."""
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        enter_all(m, "l: out 0x10,al; jmp l")
+        main = threading.get_ident()
+        at_home, inside = threading.Event(), threading.Event()
+
+        @m.on_pio(0x10)
+        def _(exit: PioAccess) -> None:
+            if threading.get_ident() != main:
+                inside.set()
+                assert at_home.wait(60)
+
+        def press() -> None:
+            assert inside.wait(60)
+            for pause in (0, 0.1, 0.1):  # the main thread gets to its wait meanwhile
+                at_home.wait(pause)
+                signal.pthread_kill(main, signal.SIGINT)
+            at_home.wait(0.1)
+            at_home.set()
+
+        with ThreadPoolExecutor(1) as other:
+            pressed = other.submit(press)
+            result = m.run(timeout=60)
+            pressed.result()
+        assert result.reason == reasons.INTERRUPTED
+        assert [state.index for state in result.cpus] == [0, 1]
