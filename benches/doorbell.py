@@ -15,7 +15,6 @@ from benches.measure import BenchError, Goal, Result, Sampler, compare, take_tur
 from benches.reference import RawVm
 
 C_ONLY = False
-NEEDS_KVM = True
 
 ROUNDS = 8
 WRITES = guests.BURST + 1
