@@ -153,18 +153,28 @@ def _check_addresses(done: Entry, tables: int) -> None:
         )
 
 
+_flat: dict[bool, Gdt] = {}
+
+
+def _flat_gdt(base: int, long: bool) -> Gdt:
+    """The descriptors that all machines have alike; encoded once."""
+    if long not in _flat:
+        _flat[long] = gdt = Gdt(0, long)
+        for selector, segment in (
+            (layout.KERNEL_CS32, code32()),
+            (layout.KERNEL_CS, code64()),
+            (layout.KERNEL_DS, data()),
+            (layout.USER_CS32, code32(dpl=3)),
+            (layout.USER_DS, data(dpl=3)),
+            (layout.USER_CS, code64(dpl=3)),
+        ):
+            gdt.place(selector, segment)
+    return _flat[long].copy(base)
+
+
 def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool) -> Gdt:
     """Write GDT and TSS, and load every segment register for the ring."""
-    gdt = done.gdt = Gdt(tables + layout.GDT, long)
-    for selector, segment in (
-        (layout.KERNEL_CS32, code32()),
-        (layout.KERNEL_CS, code64()),
-        (layout.KERNEL_DS, data()),
-        (layout.USER_CS32, code32(dpl=3)),
-        (layout.USER_DS, data(dpl=3)),
-        (layout.USER_CS, code64(dpl=3)),
-    ):
-        gdt.place(selector, segment)
+    gdt = done.gdt = _flat_gdt(tables + layout.GDT, long)
     if long:
         done.tss = Tss64(rsp0=tables + layout.RSP0_TOP, ist1=tables + layout.IST1_TOP)
     else:
