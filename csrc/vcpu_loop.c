@@ -133,7 +133,7 @@ static int64_t failed(struct pykvm_vcpu *vcpu, int error)
     }
 }
 
-int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer)
+int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
     int64_t result = PYKVM_SERVED;
@@ -172,4 +172,9 @@ int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer)
         result = error ? failed(vcpu, error) : serve(vcpu);
     }
     return result;
+}
+
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu)
+{
+    return pykvm_vcpu_answer(vcpu, -1);
 }

@@ -13,7 +13,6 @@ from _thread import get_ident
 from pykvm import result as reasons
 from pykvm._abi import ffi, lib
 from pykvm.devices.access import SLOT_SHIFT, VALUE, Access, MmioAccess, PioAccess, WideAccess
-from pykvm.devices.bus import ALL_ONES
 from pykvm.devices.ring import Fifo, Log
 from pykvm.errors import BusyError, ClosedError, KvmError
 from pykvm.kvm import ioctl
@@ -164,12 +163,12 @@ class Runner:
         self.owner = get_ident()
 
     def _loop(self, c: Any, lock: Any) -> End:
-        run = lib.pykvm_vcpu_run
+        run, reply = lib.pykvm_vcpu_run, lib.pykvm_vcpu_answer
         slots = self._slots
-        answer: Any = ALL_ONES
+        answer: Any = None
         while True:
             try:
-                word = run(c, answer)
+                word = run(c) if answer is None else reply(c, answer)
             except (TypeError, OverflowError):
                 raise self._bad_answer(answer) from None
             except BaseException:  # a signal's handler raised when C was back: the exit is unseen
@@ -182,22 +181,17 @@ class Runner:
                 access._word = word
                 access._base = base
                 answer = handler(access) if lock is None else self._call(lock, handler, access)
-                if answer is None:
-                    answer = ALL_ONES
+            elif word == lib.PYKVM_WIDE:
+                answer = self._call(lock, slots[c.access.slot][0], self.access())
+                if isinstance(answer, int) and answer >> 63 == 1:
+                    answer -= 1 << 64  # the seam is signed
+            elif word == lib.PYKVM_BAD_ANSWER:
+                raise self._bad_answer(answer)
             else:
-                if word == lib.PYKVM_BAD_ANSWER:
-                    raise self._bad_answer(answer)
-                answer = ALL_ONES
-                if word == lib.PYKVM_WIDE:
-                    answer = self._call(lock, slots[c.access.slot][0], self.access())
-                    if answer is None:
-                        answer = ALL_ONES
-                    elif isinstance(answer, int) and answer >> 63 == 1:
-                        answer -= 1 << 64  # the seam is signed
-                else:
-                    end = self._other(word, lock)
-                    if end is not None:
-                        return end
+                answer = None
+                end = self._other(word, lock)
+                if end is not None:
+                    return end
 
     def _call(self, lock: Any, function: Callable[..., object], *arguments: Any) -> Any:
         if lock is None:
@@ -334,7 +328,7 @@ class Runner:
         try:
             while True:
                 c.run.immediate_exit = 1
-                word = run(c, ALL_ONES)
+                word = run(c)
                 if word == lib.PYKVM_FULL:
                     c.access.pending = lib.PYKVM_UNANSWERED  # nobody made room: it is given up
                 elif word == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:
