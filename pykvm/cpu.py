@@ -74,7 +74,7 @@ class Cpu:
         entries = runner.c.entries
         if self._regs_at != entries:
             self._mine()
-            if not self._run.kvm_valid_regs & REGS:
+            if not (self._run.kvm_valid_regs | self._run.kvm_dirty_regs) & REGS:
                 self._fetch("KVM_GET_REGS", self._regs)
                 self._run.kvm_valid_regs |= REGS
             self._regs_at = entries
@@ -88,7 +88,7 @@ class Cpu:
         entries = runner.c.entries
         if self._sregs_at != entries:
             self._mine()
-            if not self._run.kvm_valid_regs & SREGS:
+            if not (self._run.kvm_valid_regs | self._run.kvm_dirty_regs) & SREGS:
                 self._fetch("KVM_GET_SREGS", self._sregs)
                 self._run.kvm_valid_regs |= SREGS
             self._sregs_at = entries

@@ -142,6 +142,7 @@ class Runner:
             self._begin(lib.pykvm_vcpu_begin(c, deadline))
             c.exit_limit = UNLIMITED if max_exits is None else min(c.exits + max_exits, UNLIMITED)
             c.trace = ioctl.tracing()
+            c.run.kvm_valid_regs = 0  # registers cost an exit nothing until a handler asks for them
             return self._loop(c, lock)
         finally:
             if self.owner == me:  # no calls up to the end: nothing can raise in between
