@@ -71,29 +71,33 @@ class Cpu:
     def load_regs(self) -> Any:
         """The general registers, up to date: ``struct kvm_regs`` in the run page."""
         runner = self._runner
+        owner = runner.owner
+        if owner and owner != get_ident():
+            raise self._busy()
         entries = runner.c.entries
         if self._regs_at != entries:
-            self._mine()
-            if not (self._run.kvm_valid_regs | self._run.kvm_dirty_regs) & REGS:
-                self._fetch("KVM_GET_REGS", self._regs)
-                self._run.kvm_valid_regs |= REGS
+            run = self._run
+            if not run.kvm_valid_regs & REGS:
+                if not run.kvm_dirty_regs & REGS:  # else the last entry refused what is here
+                    self._fetch("KVM_GET_REGS", self._regs)
+                run.kvm_valid_regs |= REGS
             self._regs_at = entries
-        elif runner.owner:
-            self._mine()
         return self._regs
 
     def load_sregs(self) -> Any:
         """The segment and control registers, up to date: ``struct kvm_sregs`` in the run page."""
         runner = self._runner
+        owner = runner.owner
+        if owner and owner != get_ident():
+            raise self._busy()
         entries = runner.c.entries
         if self._sregs_at != entries:
-            self._mine()
-            if not (self._run.kvm_valid_regs | self._run.kvm_dirty_regs) & SREGS:
-                self._fetch("KVM_GET_SREGS", self._sregs)
-                self._run.kvm_valid_regs |= SREGS
+            run = self._run
+            if not run.kvm_valid_regs & SREGS:
+                if not run.kvm_dirty_regs & SREGS:  # else the last entry refused what is here
+                    self._fetch("KVM_GET_SREGS", self._sregs)
+                run.kvm_valid_regs |= SREGS
             self._sregs_at = entries
-        elif runner.owner:
-            self._mine()
         return self._sregs
 
     def dirty(self, which: int) -> None:
@@ -109,7 +113,10 @@ class Cpu:
     def _mine(self) -> None:
         owner = self._runner.owner
         if owner and owner != get_ident():
-            raise BusyError(f"cpu {self.index} is running in another thread: stop() it first")
+            raise self._busy()
+
+    def _busy(self) -> BusyError:
+        return BusyError(f"cpu {self.index} is running in another thread: stop() it first")
 
     def _fetch(self, name: str, struct: Any) -> None:
         from pykvm.kvm.ioctl import call
