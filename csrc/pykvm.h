@@ -168,7 +168,7 @@ enum {
     PYKVM_WRITE_SHIFT = 50,
     PYKVM_SLOT_SHIFT = 51,
     PYKVM_SLOTS = 4096,
-    PYKVM_HEARTBEAT_MS = 100, /* the longest that a signal can wait for Python */
+    PYKVM_HEARTBEAT_MS = 500, /* the longest that a signal can wait for Python */
 };
 
 /*

@@ -185,7 +185,7 @@ def test_a_console_fifo_takes_the_output_without_python(m: pykvm.Machine) -> Non
 
 
 def test_a_doorbell_rings_in_the_kernel_and_makes_no_exit(m: pykvm.Machine) -> None:
-    start(m, "out 0x50,al; mov [0x500000],eax; mov [0x500000],eax; hlt")
+    start(m, "mov al,5; out 0x50,al; mov [0x500000],eax; mov [0x500000],eax; hlt")
     port, address = os.eventfd(0), os.eventfd(0)
     try:
         m.pio.eventfd(0x50, port, size=1)
@@ -194,7 +194,7 @@ def test_a_doorbell_rings_in_the_kernel_and_makes_no_exit(m: pykvm.Machine) -> N
         assert (os.eventfd_read(port), os.eventfd_read(address)) == (1, 2)
         assert (result.reason, result.exits) == (reasons.HALTED, 1)
         claim.release()
-        m.cpu.rip = 0x8002
+        m.cpu.rip = 0x8004
         assert run(m).reason == reasons.UNCLAIMED
     finally:
         os.close(port)
@@ -308,7 +308,7 @@ def test_a_triple_fault_explains_itself_and_stays_ended_until_entered_again(
     start(m, "ud2")
     result = run(m)
     assert result.reason == reasons.SHUTDOWN
-    with pytest.raises(pykvm.VcpuExitError, match=r"(?i)triple fault"):
+    with pytest.raises(pykvm.VcpuExitError, match=r"(?i)triple.fault"):
         result.check()
     again = run(m)
     assert (again.reason, again.exits) == (reasons.SHUTDOWN, 0)
@@ -389,8 +389,11 @@ def test_a_handler_may_enter_its_own_vcpu_anew(m: pykvm.Machine, text: str) -> N
     start(m, text)
     m.load(pykvm.asm("mov ebx,7; hlt", at=0x9000))
 
+    entered: list[object] = []
+
     def anew(exit: object) -> int | None:
-        if m.cpu.rip < 0x9000:
+        if not entered:  # RIP would not tell: on AMD's it is that of a reset after a shutdown
+            entered.append(exit)
             m.cpu.enter("long64", entry=0x9000)
             return 5
         return False
