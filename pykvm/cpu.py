@@ -46,12 +46,18 @@ class Cpu:
     """
 
     __slots__ = (
-        "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported", "_vcpu",
-        "ended", "entered", "index", "memory",
+        "_gigapages", "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported",
+        "_vcpu", "ended", "entered", "index", "memory",
     )  # fmt: skip
 
     def __init__(
-        self, index: int, vcpu: Vcpu, runner: Runner, memory: GuestMemory, supported: list[Any]
+        self,
+        index: int,
+        vcpu: Vcpu,
+        runner: Runner,
+        memory: GuestMemory,
+        supported: list[Any],
+        gigapages: bool,
     ) -> None:
         self.index = index
         self.memory = memory
@@ -60,6 +66,7 @@ class Cpu:
         self._vcpu = vcpu
         self._runner = runner
         self._supported = supported
+        self._gigapages = gigapages
         self._run = run = vcpu.kvm_run
         self._regs = run.s.regs.regs
         self._sregs = run.s.regs.sregs
@@ -261,9 +268,7 @@ class Cpu:
         if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
             self._forget_history()
         if mode == "long64" and "gigapages" not in options:
-            options["gigapages"] = any(
-                e.function == 0x80000001 and e.edx >> 26 & 1 for e in self._supported
-            )
+            options["gigapages"] = self._gigapages
         set_up = modes.enter(
             mode, sregs=self.load_sregs(), regs=self.load_regs(), memory=self.memory,
             entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,

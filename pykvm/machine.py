@@ -30,9 +30,21 @@ if TYPE_CHECKING:
 
 MAX_CPUS = 288
 
-_supported_cpuid: dict[str, tuple[list[Any], Any]] = {}
-"""What KVM_GET_SUPPORTED_CPUID answers, a constant of the host, by device path: the entries, and as
-KVM_SET_CPUID2 takes them."""
+
+class _Host:
+    """What never changes about a KVM, asked once."""
+
+    __slots__ = ("cpuid", "sync_regs")
+
+    def __init__(self, kvm: Kvm) -> None:
+        entries = kvm.get_supported_cpuid()
+        # The entries, as KVM_SET_CPUID2 takes them for the first vCPU, and one fact out of them.
+        self.cpuid = entries, _for_cpu(entries, 0), _has_gigapages(entries)
+        self.sync_regs = bool(kvm.check_extension("KVM_CAP_SYNC_REGS"))
+
+
+_hosts: dict[str, _Host] = {}
+"""By device path."""
 
 
 class Machine:
@@ -112,8 +124,8 @@ class Machine:
             self.vm.create_irqchip()
         if pit:
             self.vm.create_pit2()
-        entries, for_first = self._cpuid(cpuid)
-        sync_regs = bool(self.kvm.check_extension("KVM_CAP_SYNC_REGS"))
+        host = self._host()
+        entries, for_first, gigapages = self._cpuid(cpuid, host)
         made = []
         for index in range(cpus):
             vcpu = self.vm.create_vcpu(index)
@@ -124,24 +136,27 @@ class Machine:
                 (self.pio, self.mmio),
                 self._hooks,
                 self._msrs,
-                sync_regs,
+                host.sync_regs,
             )
             self._runners.append(runner)
             if entries:
                 vcpu.set_cpuid2(_for_cpu(entries, index) if index else for_first)
-            made.append(Cpu(index, vcpu, runner, self.memory, entries))
+            made.append(Cpu(index, vcpu, runner, self.memory, entries, gigapages))
         self.cpus = tuple(made)
 
-    def _cpuid(self, cpuid: str | list[Any] | None) -> tuple[list[Any], Any]:
+    def _host(self) -> _Host:
+        host = _hosts.get(self.kvm.path)
+        if host is None:
+            host = _hosts[self.kvm.path] = _Host(self.kvm)
+        return host
+
+    def _cpuid(self, cpuid: str | list[Any] | None, host: _Host) -> tuple[list[Any], Any, bool]:
         if not isinstance(cpuid, str):
-            return cpuid or [], _for_cpu(cpuid or [], 0)
+            entries = cpuid or []
+            return entries, _for_cpu(entries, 0), _has_gigapages(entries)
         if cpuid != "host":
             raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
-        cached = _supported_cpuid.get(self.kvm.path)
-        if cached is None:
-            entries = self.kvm.get_supported_cpuid()
-            cached = _supported_cpuid[self.kvm.path] = entries, _for_cpu(entries, 0)
-        return cached
+        return host.cpuid
 
     def _register(self, region: Any) -> None:
         self.vm.set_user_memory_region(
@@ -478,6 +493,11 @@ class Machine:
 
 
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
+
+
+def _has_gigapages(entries: list[Any]) -> bool:
+    """CPUID 0x80000001 EDX bit 26, pdpe1gb: pages of 1 GiB."""
+    return any(e.function == 0x80000001 and e.edx >> 26 & 1 for e in entries)
 
 
 def _for_cpu(entries: list[Any], index: int) -> Any:
