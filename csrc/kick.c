@@ -167,6 +167,8 @@ void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
     __atomic_store_n(&vcpu->stop, 1, __ATOMIC_SEQ_CST);
     set_immediate_exit(vcpu, 1);
     int32_t tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
-    if (tid) /* gone by now: ESRCH, and the next run finds `stop` set */
+    /* A handler that stops its own run is not in the guest.  Another thread's may be gone by now:
+       ESRCH, and the next run finds `stop` set. */
+    if (tid && current != vcpu)
         syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
 }
