@@ -14,7 +14,6 @@ from benches import guests
 from benches.measure import BenchError, Goal, Result, Sampler, compare, take_turns
 
 C_ONLY = False
-NEEDS_KVM = True
 
 EXITS = 50_000
 

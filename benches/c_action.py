@@ -9,7 +9,6 @@ from benches.measure import BenchError, Goal, Result, compare, take_turns
 from benches.reference import RawVm
 
 C_ONLY = True
-NEEDS_KVM = True
 
 
 def measure(pairs: int) -> Iterator[Result]:

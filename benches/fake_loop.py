@@ -20,7 +20,6 @@ from pykvm.devices.bus import Bus
 from pykvm.vcpu_thread import NEVER, Runner
 
 C_ONLY = False
-NEEDS_KVM = False
 
 PORT = 0xE9
 VALUE = 3

@@ -18,7 +18,6 @@ from time import perf_counter_ns
 from benches.measure import OF_DIFFERENCE, BenchError, Goal, Result, Sampler, compare, take_turns
 
 C_ONLY = False
-NEEDS_KVM = True
 
 # mov al, 'H'; out 0xe9, al; hlt
 SCRIPT = """\

@@ -18,7 +18,6 @@ from benches.measure import BenchError, Goal, Result, Sampler, compare, take_tur
 from benches.reference import Guest, build
 
 C_ONLY = False
-NEEDS_KVM = True
 
 ENTRY = 0x8000
 PORT = 0xE9

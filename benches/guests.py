@@ -18,10 +18,10 @@ GPA = 0xD000_0000
 ENTRY = 0x8000
 AL = 3
 
-EXITS = 250
-"""Of one sample: some 2 ms, of which 7 µs are ``run()``'s own. Short, so that what else happens on
-the host meets few samples, and pairs of them."""
-TIMES = 4
+EXITS = 1000
+"""Of one sample: some 8 ms, 7 µs of them (or 40, with cold caches) ``run()``'s own. Short, so that
+what else happens on the host meets few samples, and pairs of them."""
+TIMES = 2
 """How many more of such short samples to take than of long ones."""
 
 BURST = 128

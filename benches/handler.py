@@ -15,7 +15,6 @@ from benches.plain_ctypes import PlainVcpu
 from benches.reference import RawVm
 
 C_ONLY = False
-NEEDS_KVM = True
 
 
 def measure(pairs: int) -> Iterator[Result]:

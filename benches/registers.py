@@ -12,7 +12,6 @@ from benches import guests
 from benches.measure import BenchError, Goal, Result, compare, take_turns
 
 C_ONLY = False
-NEEDS_KVM = True
 
 
 def measure(pairs: int) -> Iterator[Result]:

@@ -48,6 +48,13 @@ static void on_signal(int signal)
         set_immediate_exit(vcpu, 1);
 }
 
+/* A forked child has none of its parent's timers, and none of its vCPUs runs there. */
+static void in_child(void)
+{
+    has_timer = 0;
+    current = NULL;
+}
+
 static void drop_timer(void *unused)
 {
     (void)unused;
@@ -64,10 +71,10 @@ static void setup(void)
         (old.sa_handler == SIG_DFL || old.sa_handler == SIG_IGN)) {
         if (sigaction(pykvm_kick_signal(), &action, NULL) < 0)
             setup_error = errno;
-        else
+        else if (!(setup_error = pthread_atfork(NULL, NULL, in_child)))
             setup_error = pthread_key_create(&timer_key, drop_timer);
     } else {
-        setup_error = EBUSY;
+        setup_error = EEXIST;
     }
 }
 
@@ -100,7 +107,8 @@ int64_t pykvm_now(void)
 static void set_timer(int64_t at)
 {
     struct itimerspec when = {.it_value = {at / 1000000000, at % 1000000000}};
-    timer_settime(timer, TIMER_ABSTIME, &when, NULL);
+    if (has_timer)
+        timer_settime(timer, TIMER_ABSTIME, &when, NULL);
 }
 
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu)
@@ -110,8 +118,9 @@ void pykvm_kick_arm(struct pykvm_vcpu *vcpu)
     set_timer(at > 0 ? at : 1); /* 0 would disarm it */
 }
 
-int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu)
+int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu, int64_t deadline)
 {
+    int32_t nobody = 0;
     pthread_once(&once, setup);
     if (setup_error)
         return -setup_error;
@@ -120,9 +129,16 @@ int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu)
         if (error)
             return error;
     }
+    if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, (int32_t)syscall(SYS_gettid), 0,
+                                     __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+        return -EBUSY;
+    vcpu->deadline = deadline;
     vcpu->outer = current;
     current = vcpu;
-    __atomic_store_n(&vcpu->tid, (int32_t)syscall(SYS_gettid), __ATOMIC_SEQ_CST);
+    /* Of several vCPUs one had halted when another ended the run; it was given a new state. */
+    if (vcpu->access.pending == PYKVM_UNSERVED && vcpu->run->exit_reason == KVM_EXIT_HLT &&
+        vcpu->run->kvm_dirty_regs)
+        vcpu->access.pending = PYKVM_IDLE;
     if (__atomic_load_n(&vcpu->stop, __ATOMIC_SEQ_CST)) /* asked before the run began */
         set_immediate_exit(vcpu, 1);
     pykvm_kick_arm(vcpu);
@@ -131,17 +147,19 @@ int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu)
 
 void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
 {
-    current = vcpu->outer;
-    __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST);
-    __atomic_store_n(&vcpu->stop, 0, __ATOMIC_SEQ_CST);
+    struct pykvm_vcpu *outer = vcpu->outer;
+    if (current != vcpu)
+        return;
+    current = outer;
+    vcpu->outer = NULL;
     set_immediate_exit(vcpu, 0);
+    __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST); /* from here on another thread may begin */
     if (current) {
         set_immediate_exit(current, 1); /* its beat may have been lost on us: look again */
         pykvm_kick_arm(current);
     } else {
         set_timer(0);
     }
-    vcpu->outer = NULL;
 }
 
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
@@ -149,6 +167,8 @@ void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
     __atomic_store_n(&vcpu->stop, 1, __ATOMIC_SEQ_CST);
     set_immediate_exit(vcpu, 1);
     int32_t tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
-    if (tid) /* gone by now: ESRCH, and the next run finds `stop` set */
+    /* A handler that stops its own run is not in the guest.  Another thread's may be gone by now:
+       ESRCH, and the next run finds `stop` set. */
+    if (tid && current != vcpu)
         syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
 }

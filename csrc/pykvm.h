@@ -163,9 +163,10 @@ struct pykvm_access {
 
 enum pykvm_pending {
     PYKVM_IDLE,       /* nothing: enter the guest */
-    PYKVM_UNSERVED,   /* an exit was taken and is still to be dispatched (traced runs) */
-    PYKVM_RETRY,      /* the same item again (its ring was full) */
+    PYKVM_UNSERVED,   /* an exit was taken and is still to be dispatched */
+    PYKVM_RETRY,      /* the same item again (its ring was full, or Python never got to it) */
     PYKVM_UNANSWERED, /* Python was asked, and answers with the next call */
+    PYKVM_HANDED,     /* Python has another exit (PYKVM_EXIT); the next call goes on */
 };
 
 struct pykvm_vcpu {
@@ -221,22 +222,26 @@ enum {
     PYKVM_WRITE_SHIFT = 50,
     PYKVM_SLOT_SHIFT = 51,
     PYKVM_SLOTS = 4096,
-    PYKVM_HEARTBEAT_MS = 100, /* the longest that a signal can wait for Python */
+    PYKVM_HEARTBEAT_MS = 500, /* the longest that a signal can wait for Python */
 };
 
 /*
  * Bind the vCPU to the calling thread until pykvm_vcpu_end(): from here on a stop or the deadline
- * interrupts it.  Runs nest: a handler may run another machine.  0 or -errno (EBUSY: the kick
- * signal has a handler that is not ours).
+ * interrupts it.  Runs nest: a handler may run another machine.  0 or -errno (EBUSY: it is bound
+ * already; EEXIST: the kick signal has a handler that is not ours).  The end of a vCPU that the
+ * thread did not begin last does nothing.  `stop` outlives the end: who ends a run clears it.
  */
-int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu);
+int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu, int64_t deadline);
 void pykvm_vcpu_end(struct pykvm_vcpu *vcpu);
 
 /*
- * Run until Python is needed.  `answer` goes to the access that the last call returned, if it was
- * a read; -1 answers all ones at any size (signed, as a small number costs Python least).
+ * Run until Python is needed.  If the last call returned a read, all ones answer it.  (One
+ * argument, as CPython calls such a function 50 ns faster than one with two.)
  */
-int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer);
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu);
+
+/* The same, with another answer to that read (signed, as a small number costs Python least). */
+int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer);
 
 /* Ask a run, or if there is none the next one, to end: from any thread, also a handler's own. */
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu);

@@ -86,6 +86,13 @@ static void take_mmio(struct pykvm_vcpu *vcpu)
     access->index = 0;
 }
 
+/* An exit that is no access: Python's, which may also give it back (PYKVM_UNSERVED). */
+static int64_t hand(struct pykvm_vcpu *vcpu)
+{
+    vcpu->access.pending = PYKVM_HANDED;
+    return PYKVM_EXIT;
+}
+
 /* Serve the exit that KVM_RUN just made: PYKVM_SERVED, or what to return. */
 static int64_t serve(struct pykvm_vcpu *vcpu)
 {
@@ -97,7 +104,8 @@ static int64_t serve(struct pykvm_vcpu *vcpu)
         take_mmio(vcpu);
         return pykvm_bus_serve(vcpu);
     default:
-        return PYKVM_EXIT;
+        vcpu->error = 0;
+        return hand(vcpu);
     }
 }
 
@@ -120,12 +128,12 @@ static int64_t failed(struct pykvm_vcpu *vcpu, int error)
     default:
         vcpu->error = error;
         if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT && error == EFAULT)
-            return PYKVM_EXIT;
+            return hand(vcpu);
         return PYKVM_FAILED;
     }
 }
 
-int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer)
+int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
     int64_t result = PYKVM_SERVED;
@@ -139,6 +147,9 @@ int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer)
         break;
     case PYKVM_RETRY:
         result = pykvm_bus_serve(vcpu);
+        break;
+    case PYKVM_HANDED:
+        access->pending = PYKVM_IDLE;
         break;
     case PYKVM_UNSERVED:
         access->pending = PYKVM_IDLE;
@@ -161,4 +172,9 @@ int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu, int64_t answer)
         result = error ? failed(vcpu, error) : serve(vcpu);
     }
     return result;
+}
+
+int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu)
+{
+    return pykvm_vcpu_answer(vcpu, -1);
 }

@@ -46,12 +46,18 @@ class Cpu:
     """
 
     __slots__ = (
-        "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported", "_vcpu",
-        "ended", "entered", "index", "memory",
+        "_gigapages", "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported",
+        "_vcpu", "ended", "entered", "index", "memory",
     )  # fmt: skip
 
     def __init__(
-        self, index: int, vcpu: Vcpu, runner: Runner, memory: GuestMemory, supported: list[Any]
+        self,
+        index: int,
+        vcpu: Vcpu,
+        runner: Runner,
+        memory: GuestMemory,
+        supported: list[Any],
+        gigapages: bool,
     ) -> None:
         self.index = index
         self.memory = memory
@@ -60,6 +66,7 @@ class Cpu:
         self._vcpu = vcpu
         self._runner = runner
         self._supported = supported
+        self._gigapages = gigapages
         self._run = run = vcpu.kvm_run
         self._regs = run.s.regs.regs
         self._sregs = run.s.regs.sregs
@@ -71,29 +78,33 @@ class Cpu:
     def load_regs(self) -> Any:
         """The general registers, up to date: ``struct kvm_regs`` in the run page."""
         runner = self._runner
+        owner = runner.owner
+        if owner and owner != get_ident():
+            raise self._busy()
         entries = runner.c.entries
         if self._regs_at != entries:
-            self._mine()
-            if not self._run.kvm_valid_regs & REGS:
-                self._fetch("KVM_GET_REGS", self._regs)
-                self._run.kvm_valid_regs |= REGS
+            run = self._run
+            if not run.kvm_valid_regs & REGS:
+                if not run.kvm_dirty_regs & REGS:  # else the last entry refused what is here
+                    self._fetch("KVM_GET_REGS", self._regs)
+                run.kvm_valid_regs |= REGS
             self._regs_at = entries
-        elif runner.owner:
-            self._mine()
         return self._regs
 
     def load_sregs(self) -> Any:
         """The segment and control registers, up to date: ``struct kvm_sregs`` in the run page."""
         runner = self._runner
+        owner = runner.owner
+        if owner and owner != get_ident():
+            raise self._busy()
         entries = runner.c.entries
         if self._sregs_at != entries:
-            self._mine()
-            if not self._run.kvm_valid_regs & SREGS:
-                self._fetch("KVM_GET_SREGS", self._sregs)
-                self._run.kvm_valid_regs |= SREGS
+            run = self._run
+            if not run.kvm_valid_regs & SREGS:
+                if not run.kvm_dirty_regs & SREGS:  # else the last entry refused what is here
+                    self._fetch("KVM_GET_SREGS", self._sregs)
+                run.kvm_valid_regs |= SREGS
             self._sregs_at = entries
-        elif runner.owner:
-            self._mine()
         return self._sregs
 
     def dirty(self, which: int) -> None:
@@ -109,7 +120,10 @@ class Cpu:
     def _mine(self) -> None:
         owner = self._runner.owner
         if owner and owner != get_ident():
-            raise BusyError(f"cpu {self.index} is running in another thread: stop() it first")
+            raise self._busy()
+
+    def _busy(self) -> BusyError:
+        return BusyError(f"cpu {self.index} is running in another thread: stop() it first")
 
     def _fetch(self, name: str, struct: Any) -> None:
         from pykvm.kvm.ioctl import call
@@ -251,12 +265,10 @@ class Cpu:
         """
         from pykvm.arch.x86_64 import modes
 
-        if self._runner.c.entries:
+        if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
             self._forget_history()
         if mode == "long64" and "gigapages" not in options:
-            options["gigapages"] = any(
-                e.function == 0x80000001 and e.edx >> 26 & 1 for e in self._supported
-            )
+            options["gigapages"] = self._gigapages
         set_up = modes.enter(
             mode, sregs=self.load_sregs(), regs=self.load_regs(), memory=self.memory,
             entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,
@@ -311,7 +323,7 @@ class Cpu:
     def state(self, halted: bool = False) -> CpuState:
         """Where the vCPU is, for a result. ``halted``: it is known to have executed HLT."""
         regs = self.load_regs()
-        if not halted:
+        if not halted and not (halted := self._runner.halted):
             halted = self._vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED
         return CpuState(self.index, regs.rip, self.code(), halted, bool(regs.rflags & 1 << 9))
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import time
+from _thread import RLock
 
 from pykvm import result as reasons
 from pykvm._abi import lib
 from pykvm._typing import overload
 from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
-from pykvm.errors import ClosedError
+from pykvm.errors import BusyError, ClosedError
 from pykvm.kvm import Kvm
 from pykvm.memory import GuestMemory, parse_size
 from pykvm.result import RunResult
@@ -22,10 +23,10 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self, TypeVar
 
-    from pykvm.devices.bus import Claim, Slot
-    from pykvm.kvm import Vm
     from pykvm.boot import BootPlan
     from pykvm.console import Console
+    from pykvm.devices.bus import Claim, Slot
+    from pykvm.kvm import Vm
     from pykvm.pc import Pc
 
     Function = TypeVar("Function", bound=Callable[..., Any])
@@ -35,9 +36,21 @@ MAX_CPUS = 288
 TSS_ADDR = 0xFFFBD000
 """Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
-_supported_cpuid: dict[str, tuple[list[Any], Any]] = {}
-"""What KVM_GET_SUPPORTED_CPUID answers, a constant of the host, by device path: the entries, and as
-KVM_SET_CPUID2 takes them."""
+
+class _Host:
+    """What never changes about a KVM, asked once."""
+
+    __slots__ = ("cpuid", "sync_regs")
+
+    def __init__(self, kvm: Kvm) -> None:
+        entries = kvm.get_supported_cpuid()
+        # The entries, as KVM_SET_CPUID2 takes them for the first vCPU, and one fact out of them.
+        self.cpuid = entries, _alone(entries), _has_gigapages(entries)
+        self.sync_regs = bool(kvm.check_extension("KVM_CAP_SYNC_REGS"))
+
+
+_hosts: dict[str, _Host] = {}
+"""By device path."""
 
 
 class Machine:
@@ -101,8 +114,9 @@ class Machine:
         self._features = features
         self._ending: End | None = None
         self.pc: Pc | None = None
-        self.pio = Bus("pio", self._slots, self._doorbell)
-        self.mmio = Bus("mmio", self._slots, self._doorbell)
+        lock = RLock()
+        self.pio = Bus("pio", self._slots, self._doorbell, lock)
+        self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
         self.kvm = Kvm(path)
         try:
             self.vm: Vm = self.kvm.create_vm()
@@ -124,9 +138,9 @@ class Machine:
             self.vm.create_pit2()
         if irqchip:
             self._prepare_for_intel()
-        entries, for_first = self._cpuid(cpuid)
+        host = self._host()
+        entries, for_first, gigapages = self._cpuid(cpuid, host)
         features = self._wanted_features()
-        sync_regs = bool(self.kvm.check_extension("KVM_CAP_SYNC_REGS"))
         made = []
         for index in range(cpus):
             vcpu = self.vm.create_vcpu(index)
@@ -137,7 +151,7 @@ class Machine:
                 (self.pio, self.mmio),
                 self._hooks,
                 self._msrs,
-                sync_regs,
+                host.sync_regs,
             )
             self._runners.append(runner)
             if entries:
@@ -149,7 +163,7 @@ class Machine:
                     vcpu.set_cpuid2(
                         prepare(entries, index, cpus, irqchip=irqchip, features=features)
                     )
-            made.append(Cpu(index, vcpu, runner, self.memory, entries))
+            made.append(Cpu(index, vcpu, runner, self.memory, entries, gigapages))
         self.cpus = tuple(made)
 
     def _prepare_for_intel(self) -> None:
@@ -166,16 +180,19 @@ class Machine:
 
         return parse_features(self._features)
 
-    def _cpuid(self, cpuid: str | list[Any] | None) -> tuple[list[Any], Any]:
+    def _host(self) -> _Host:
+        host = _hosts.get(self.kvm.path)
+        if host is None:
+            host = _hosts[self.kvm.path] = _Host(self.kvm)
+        return host
+
+    def _cpuid(self, cpuid: str | list[Any] | None, host: _Host) -> tuple[list[Any], Any, bool]:
         if not isinstance(cpuid, str):
-            return cpuid or [], _alone(cpuid or [])
+            entries = cpuid or []
+            return entries, _alone(entries), _has_gigapages(entries)
         if cpuid != "host":
             raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
-        cached = _supported_cpuid.get(self.kvm.path)
-        if cached is None:
-            entries = self.kvm.get_supported_cpuid()
-            cached = _supported_cpuid[self.kvm.path] = entries, _alone(entries)
-        return cached
+        return host.cpuid
 
     def _register(self, region: Any) -> None:
         self.vm.set_user_memory_region(
@@ -409,9 +426,7 @@ class Machine:
             return False
         if size == 0 and not self.vm.check_extension("KVM_CAP_IOEVENTFD_ANY_LENGTH"):
             return False
-        self.vm.ioeventfd(
-            addr=claim.first, len=size, fd=claim.device, datamatch=datamatch, flags=flags
-        )
+        self.vm.ioeventfd(addr=claim.first, len=size, fd=claim.fd, datamatch=datamatch, flags=flags)
         return True
 
     # ---- running -------------------------------------------------------------------------------
@@ -449,6 +464,8 @@ class Machine:
         for cpu in cpus:
             if cpu.ended:
                 return self._still_ended(cpu)
+        if any(runner.owner for runner in self._runners):
+            raise self._busy()
         before = sum(cpu._runner.c.exits for cpu in cpus)
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
@@ -470,26 +487,33 @@ class Machine:
             result.timings = self.pc.timings(began)
             if self.pc.panic and result.reason in (reasons.TIMEOUT, reasons.SHUTDOWN):
                 result.reason = reasons.PANIC  # how a panicked kernel comes to rest is its affair
-        self.pio.drain()
-        self.mmio.drain()
         if end.reason != reasons.HALTED:
             self._finish(result, cpu, cpus)
+        self.pio.drain()
+        self.mmio.drain()
         return result
 
     def _run(self, cpus: list[Cpu], deadline: int, max_exits: int | None) -> tuple[Cpu, End]:
-        if len(cpus) == 1:
-            cpu = cpus[0]
-            try:
-                end = cpu._runner.run(deadline, max_exits)
-            except KeyboardInterrupt:
-                end = End(reasons.INTERRUPTED)
-        else:
-            from pykvm.smp import run_together
+        try:
+            if len(cpus) == 1:
+                cpu = cpus[0]
+                try:
+                    end = cpu._runner.run(deadline, max_exits)
+                except KeyboardInterrupt:
+                    end = End(reasons.INTERRUPTED)
+            else:
+                from pykvm.smp import run_together
 
-            cpu, end = run_together(cpus, deadline, max_exits)
+                cpu, end = run_together(cpus, deadline, max_exits)
+        finally:
+            if len(self.cpus) > 1:  # stop() was for this run, also where it reached none that ran
+                for runner in self._runners:
+                    runner.forget_stop()
         ending, self._ending = self._ending, None
         if end.reason == reasons.STOPPED and ending is not None:
             end = ending
+        if end.reason in _FATAL:
+            cpu.ended = end.reason
         return cpu, end
 
     def _finish(self, result: RunResult, cpu: Cpu, cpus: list[Cpu]) -> None:
@@ -503,7 +527,6 @@ class Machine:
             from pykvm.diagnose import explain
 
             result.error = explain(cpu, result.reason, result.exit)
-            cpu.ended = result.reason
         elif not result.ok:
             from pykvm.diagnose import incomplete
 
@@ -521,6 +544,9 @@ class Machine:
             error=last.error if last else None,
             cpu=cpu.index,
         )
+
+    def _busy(self) -> BusyError:
+        return BusyError("a vCPU of this machine is running: stop() it first")
 
     def stop(self, reason: str = reasons.STOPPED, code: int | None = None) -> None:
         """End the run: from a handler, or from any thread.
@@ -553,9 +579,7 @@ class Machine:
         """
         for runner in self._runners:
             if runner.owner:
-                from pykvm.errors import BusyError
-
-                raise BusyError("a vCPU is running: stop() the machine before closing it")
+                raise self._busy()
         if self._closed:
             return
         self._closed = True
@@ -610,3 +634,8 @@ def _ram(size: int | str) -> GuestMemory:
     for gpa, length in ram_ranges(parse_size(size)):
         memory.add(gpa, length)
     return memory
+
+
+def _has_gigapages(entries: list[Any]) -> bool:
+    """CPUID 0x80000001 EDX bit 26, pdpe1gb: pages of 1 GiB."""
+    return any(e.function == 0x80000001 and e.edx >> 26 & 1 for e in entries)

@@ -46,27 +46,40 @@ class Whole(_Register):
     def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
         if cpu is None:
             return self
-        value: int = getattr(self._load(cpu), self.field)
+        value: int = getattr(cpu.load_regs(), self.field)
         return value
 
     def __set__(self, cpu: Cpu, value: int) -> None:
-        setattr(self._load(cpu), self.field, _fits(self.name, value, 64))
-        cpu.dirty(self._file)
-
-    _file = REGS
-
-    def _load(self, cpu: Cpu) -> Any:
-        return cpu.load_regs()
+        struct = cpu.load_regs()
+        try:
+            setattr(struct, self.field, value)
+        except (TypeError, OverflowError):  # cffi's words for it, not ours
+            setattr(struct, self.field, _fits(self.name, value, 64))
+        cpu.dirty(REGS)
 
 
 class Control(Whole):
     """A control register, EFER or the APIC base, in ``struct kvm_sregs``."""
 
     __slots__ = ()
-    _file = SREGS
 
-    def _load(self, cpu: Cpu) -> Any:
-        return cpu.load_sregs()
+    @overload
+    def __get__(self, cpu: None, owner: type) -> Self: ...
+    @overload
+    def __get__(self, cpu: Cpu, owner: type) -> int: ...
+    def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
+        if cpu is None:
+            return self
+        value: int = getattr(cpu.load_sregs(), self.field)
+        return value
+
+    def __set__(self, cpu: Cpu, value: int) -> None:
+        struct = cpu.load_sregs()
+        try:
+            setattr(struct, self.field, value)
+        except (TypeError, OverflowError):  # cffi's words for it, not ours
+            setattr(struct, self.field, _fits(self.name, value, 64))
+        cpu.dirty(SREGS)
 
 
 class Part(_Register):

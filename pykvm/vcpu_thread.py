@@ -7,13 +7,14 @@ calls the handler and passes its answer with the next call.
 
 from __future__ import annotations
 
+import errno
 from _thread import get_ident
 
 from pykvm import result as reasons
 from pykvm._abi import ffi, lib
 from pykvm.devices.access import SLOT_SHIFT, VALUE, Access, MmioAccess, PioAccess, WideAccess
-from pykvm.devices.bus import ALL_ONES
-from pykvm.errors import BusyError, KvmError
+from pykvm.devices.ring import RingDevice
+from pykvm.errors import BusyError, ClosedError, KvmError
 from pykvm.kvm import ioctl
 
 TYPE_CHECKING = False
@@ -91,18 +92,35 @@ class Runner:
 
     def stop(self) -> None:
         """End the run, or if there is none the next one. From any thread, also a handler."""
-        if self._page is not None:
+        page = self._page  # held, so that another thread's close() cannot take it from under C
+        if page is not None:
             lib.pykvm_vcpu_stop(self.c)
 
     def close(self) -> None:
         """Close the vCPU and let go of its run page."""
+        self.c.fd = -1
         self.vcpu.close()
         self._page = None
 
     def forget_stop(self) -> None:
         """Take a stop back that came too late for the run it was meant for."""
-        self.c.stop = 0
-        self.c.run.immediate_exit = 0
+        self.c.stop = 0  # immediate_exit may stay: without `stop` it only makes KVM_RUN look again
+
+    def give_back(self) -> None:
+        """Have the next run hand out again what this one handed out and nobody looked at."""
+        access = self.c.access
+        if access.pending == lib.PYKVM_UNANSWERED:
+            access.pending = lib.PYKVM_RETRY
+        elif access.pending == lib.PYKVM_HANDED:
+            access.pending = lib.PYKVM_UNSERVED
+
+    @property
+    def halted(self) -> bool:
+        """Whether its last exit was a HLT that the next run hands out again."""
+        c = self.c
+        return bool(
+            c.access.pending == lib.PYKVM_UNSERVED and c.run.exit_reason == lib.KVM_EXIT_HLT
+        )
 
     def run(self, deadline: int, max_exits: int | None, lock: Any = None) -> End:
         """Run until something ends it. What handlers raise comes through.
@@ -114,64 +132,80 @@ class Runner:
         """
         c = self.c
         if self.owner:
-            raise BusyError(f"cpu {c.index} is running already: stop() it first")
-        self.owner = get_ident()
+            raise self._busy()
+        page = self._page  # held, so that another thread's close() cannot take it from under C
+        if page is None:
+            raise ClosedError("this vcpu is closed")
+        me = get_ident()
         try:
-            c.deadline = deadline
-            c.exit_limit = UNLIMITED if max_exits is None else c.exits + max_exits
+            # Inside, for a signal's handler may raise as soon as C is back.
+            self._begin(lib.pykvm_vcpu_begin(c, deadline))
+            c.exit_limit = UNLIMITED if max_exits is None else min(c.exits + max_exits, UNLIMITED)
             c.trace = ioctl.tracing()
-            error = lib.pykvm_vcpu_begin(c)
-            if error:
-                raise KvmError("sigaction", -error, _KICK_BUSY)
-            try:
-                return self._loop(c, lock)
-            finally:
-                lib.pykvm_vcpu_end(c)
+            c.run.kvm_valid_regs = 0  # registers cost an exit nothing until a handler asks for them
+            return self._loop(c, lock)
         finally:
-            self.owner = 0
+            if self.owner == me:  # no calls up to the end: nothing can raise in between
+                self.owner = 0
+                c.stop = 0
+            lib.pykvm_vcpu_end(c)
+            del page
+
+    def _busy(self) -> BusyError:
+        return BusyError(f"cpu {self.c.index} is running already: stop() it first")
+
+    def _begin(self, error: int) -> None:
+        if error == -errno.EBUSY:
+            raise self._busy()
+        if error == -errno.EEXIST:
+            raise KvmError("sigaction", -error, _KICK_TAKEN)
+        if error:
+            raise KvmError("timer_create", -error)
+        self.owner = get_ident()
 
     def _loop(self, c: Any, lock: Any) -> End:
-        run = lib.pykvm_vcpu_run
+        run, reply = lib.pykvm_vcpu_run, lib.pykvm_vcpu_answer
         slots = self._slots
-        answer: Any = ALL_ONES
+        answer: Any = None
         while True:
             try:
-                word = run(c, answer)
+                word = run(c) if answer is None else reply(c, answer)
             except (TypeError, OverflowError):
                 raise self._bad_answer(answer) from None
+            except BaseException:  # a signal's handler raised when C was back: the exit is unseen
+                self.give_back()
+                raise
             if word >= 0:
                 handler, kind, base = slots[word >> SLOT_SHIFT]
                 access = kind()
                 access.value = word & VALUE
                 access._word = word
                 access._base = base
-                if lock is None:
-                    answer = handler(access)
-                else:
-                    with lock:
-                        answer = handler(access)
-                if answer is None:
-                    answer = ALL_ONES
+                answer = handler(access) if lock is None else self._call(lock, handler, access)
+            elif word == lib.PYKVM_WIDE:
+                answer = self._call(lock, slots[c.access.slot][0], self.access())
+                if isinstance(answer, int) and answer >> 63 == 1:
+                    answer -= 1 << 64  # the seam is signed
+            elif word == lib.PYKVM_BAD_ANSWER:
+                raise self._bad_answer(answer)
             else:
-                if word == lib.PYKVM_BAD_ANSWER:
-                    raise self._bad_answer(answer)
-                answer = ALL_ONES
-                if word == lib.PYKVM_WIDE:
-                    answer = self._call(lock, slots[c.access.slot][0], self.access())
-                    if answer is None:
-                        answer = ALL_ONES
-                    elif isinstance(answer, int) and answer >> 63 == 1:
-                        answer -= 1 << 64  # the seam is signed
-                else:
-                    end = self._other(word, lock)
-                    if end is not None:
-                        return end
+                answer = None
+                end = self._other(word, lock)
+                if end is not None:
+                    return end
 
     def _call(self, lock: Any, function: Callable[..., object], *arguments: Any) -> Any:
         if lock is None:
             return function(*arguments)
-        with lock:
-            return function(*arguments)
+        called = False
+        try:
+            with lock:
+                called = True
+                return function(*arguments)
+        except BaseException:
+            if not called:  # Ctrl-C while another vCPU's handler ran
+                self.give_back()
+            raise
 
     def _other(self, word: int, lock: Any) -> End | None:
         """Everything but an access for a handler: None to go on."""
@@ -189,17 +223,16 @@ class Runner:
             return None
         if word == lib.PYKVM_FULL:
             claim = self._claim()
-            if claim is not None:
+            if claim is not None and isinstance(claim.device, RingDevice):
                 self._call(lock, claim.device.drain)
-            return None
+            return None  # else it was released meanwhile, and C finds who serves it now
         if word == lib.PYKVM_UNCLAIMED:
             return End(reasons.UNCLAIMED, self.access())
         if word == lib.PYKVM_STOPPED:
             claim = self._claim()
-            tag = claim.tag if claim is not None else reasons.STOPPED
-            return End(tag, self.access(), c.access.value)
+            return End((claim and claim.tag) or reasons.STOPPED, self.access(), c.access.value)
         if word == lib.PYKVM_FAILED:
-            if c.error == _EINVAL and c.run.kvm_dirty_regs:
+            if c.error == errno.EINVAL and c.run.kvm_dirty_regs:
                 return End(reasons.FAILED_ENTRY)  # the state handed in was refused
             ioctl.fail(self.vcpu, "KVM_RUN", c.error)
         return End(_WORDS[word])
@@ -271,22 +304,47 @@ class Runner:
         then RIP may still point at the instruction, and its result is missing.
         """
         c = self.c
-        if self.owner:
-            raise BusyError(f"cpu {c.index} is running: stop() it first")
-        if not c.entries:
+        me = get_ident()
+        if self.owner == me:  # a handler gives its own vCPU a new state
+            deadline = c.deadline
+            self._complete(c)
+            c.deadline = deadline
+            c.run.immediate_exit = 1  # its beat or a stop may have been lost on us: look again
             return
-        c.run.immediate_exit = 1
+        page = self._page
+        if not c.entries or page is None:
+            return
+        try:
+            self._begin(lib.pykvm_vcpu_begin(c, NEVER))
+            self._complete(c)
+        finally:
+            if self.owner == me:
+                self.owner = 0
+            lib.pykvm_vcpu_end(c)
+            del page
+
+    def _complete(self, c: Any) -> None:
+        run = lib.pykvm_vcpu_run
         limit, c.exit_limit, c.deadline, c.trace = c.exit_limit, UNLIMITED, NEVER, 0
-        word = lib.pykvm_vcpu_run(c, ALL_ONES)
-        while word in (lib.PYKVM_UNCLAIMED, lib.PYKVM_STOPPED) or word >= 0:
-            word = lib.pykvm_vcpu_run(c, ALL_ONES)  # the other items of a string instruction
-        c.exit_limit = limit
-        c.run.immediate_exit = 0
+        try:
+            while True:
+                c.run.immediate_exit = 1
+                word = run(c)
+                if word == lib.PYKVM_FULL:
+                    c.access.pending = lib.PYKVM_UNANSWERED  # nobody made room: it is given up
+                elif word == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:
+                    c.run.kvm_dirty_regs &= ~lib.KVM_SYNC_X86_SREGS  # refused, and in the way
+                elif word == lib.PYKVM_KICKED:
+                    c.stop = 1  # meant for a run
+                    return
+                elif word in (lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
+                    return
+        finally:
+            c.exit_limit = limit
 
 
 _ENTER = ffi.addressof(lib, "pykvm_vcpu_enter")
-_EINVAL = 22
-_KICK_BUSY = (
+_KICK_TAKEN = (
     f"signal {lib.pykvm_kick_signal()} (SIGRTMIN+5) has a handler already; pykvm needs it to get"
     " vCPUs out of the guest"
 )

@@ -116,6 +116,6 @@ class Job:
 
 
 def program_name(given: str | None, path: str) -> str:
-    """What multiboot's command line begins with: the kernel's path as the user wrote it."""
+    """What multiboot's command line begins with: the file's name, if none was given."""
     name = given if given is not None else os.path.basename(path)
     return name or "kernel"

@@ -16,7 +16,7 @@ import tty
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import FrameType, TracebackType
     from typing import Any
 
@@ -31,7 +31,7 @@ class EscapeFilter:
         commands: key → function, for the key after Ctrl-A.
     """
 
-    def __init__(self, commands: dict[bytes, Callable[[], object]]) -> None:
+    def __init__(self, commands: Mapping[bytes, Callable[[], object]]) -> None:
         self._commands = commands
         self._escaped = False
 
@@ -65,7 +65,7 @@ class Terminal:
     def __init__(
         self,
         type_in: Callable[[bytes], object],
-        commands: dict[bytes, Callable[[], object]],
+        commands: Mapping[bytes, Callable[[], object]],
         fd: int = 0,
     ) -> None:
         self._fd = fd

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from _thread import RLock
 
 from pykvm._abi import ffi, lib
 from pykvm.devices.access import Access, MmioAccess, PioAccess
@@ -44,13 +45,13 @@ class Claim:
         on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
         value: what reads answer where the action does not say.
         handler: the Python handler, or None.
-        device: what is behind it: a :class:`Fifo`, :class:`Log`, ``Serial`` or :class:`Clock`, an
-            eventfd number, or None.
+        device: the :class:`Fifo`, :class:`Log`, ``Serial`` or :class:`Clock` behind it, or None.
+        fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
     """
 
     __slots__ = (
-        "_hits", "bus", "device", "first", "handler", "in_kernel", "last", "on_read", "on_write",
-        "slot", "tag", "value",
+        "_hits", "bus", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
+        "on_write", "slot", "tag", "value",
     )  # fmt: skip
 
     def __init__(
@@ -64,6 +65,7 @@ class Claim:
         handler: Handler | None = None,
         device: Any = None,
         tag: str = "",
+        fd: int = -1,
     ) -> None:
         self.bus = bus
         self._hits = ffi.new("uint64_t *")
@@ -74,6 +76,7 @@ class Claim:
         self.value = value
         self.handler = handler
         self.device = device
+        self.fd = fd
         self.tag = tag
         self.slot = 0
         self.in_kernel: list[tuple[int, int | None]] = []
@@ -86,6 +89,14 @@ class Claim:
     def release(self) -> None:
         """Give the range back; its eventfds are closed. Idempotent."""
         self.bus.release(self)
+
+    def _close(self) -> None:
+        """Close what it opened; nobody serves it any more."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        if isinstance(self.device, (Fifo, Log)):
+            self.device.close()
 
     def __repr__(self) -> str:
         names = {self.on_read: "", self.on_write: ""}
@@ -141,9 +152,16 @@ class Bus:
         slots: the machine's table of Python handlers, shared by both buses.
         doorbell: asks KVM for an ioeventfd: ``(claim, size, datamatch, on) -> done``; None without
             KVM.
+        lock: held while claims change; shared by the buses that share ``slots``.
     """
 
-    def __init__(self, name: str, slots: list[Slot], doorbell: DoorbellFn | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        slots: list[Slot],
+        doorbell: DoorbellFn | None = None,
+        lock: RLock | None = None,
+    ) -> None:
         if name not in ("pio", "mmio"):
             raise ValueError(f'a bus is "pio" or "mmio", not {name!r}')
         self.name = name
@@ -151,10 +169,13 @@ class Bus:
         self._kind: type[Access] = PioAccess if name == "pio" else MmioAccess
         self._slots = slots
         self._doorbell = doorbell
-        self._claims: list[Claim] = []
+        self._lock = lock or RLock()
+        self._claims: list[Claim] = []  # replaced whole: find() reads it without the lock
         self._rest: Claim | None = None
         self._vcpus: list[Any] = []
-        self._alive: list[Any] = []  # every table that a running loop may still be reading
+        self._table: Any = None
+        # What a loop may still be using: since when, the table, and the claim that was released.
+        self._retired: list[tuple[list[tuple[Any, int]], Any, Claim | None]] = []
 
     # ---- claiming ------------------------------------------------------------------------------
 
@@ -287,17 +308,25 @@ class Bus:
 
         Args:
             first: port or address; ``size`` bytes wide, or 1 if that is 0.
-            fd: an eventfd, which stays the caller's.
+            fd: an eventfd, which stays the caller's and may be closed: the claim has a duplicate.
             size: in-kernel match of the width: 1, 2, 4, 8; 0 any (KVM_CAP_IOEVENTFD_ANY_LENGTH).
             datamatch: only this value rings in the kernel; others still ring through C.
             value: what reads answer.
         """
-        os.fstat(fd)
-        claim = self._claim(
-            first, max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, device=fd
-        )
-        if self._doorbell is not None and self._doorbell(claim, size, datamatch, True):
-            claim.in_kernel.append((size, datamatch))
+        own = os.dup(fd)
+        try:
+            claim = self._claim(
+                first, max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, fd=own
+            )
+        except BaseException:
+            os.close(own)
+            raise
+        try:
+            if self._doorbell is not None and self._doorbell(claim, size, datamatch, True):
+                claim.in_kernel.append((size, datamatch))
+        except BaseException:
+            self.release(claim)
+            raise
         return claim
 
     def _claim(
@@ -310,61 +339,59 @@ class Bus:
         if not 0 <= value < 1 << 64:
             raise ValueError(f"value {value:#x} does not fit 64 bits")
         claim = Claim(self, first, first + length - 1, on_read, on_write, value, **rest)
-        at = self._position(first)
-        for other in self._claims[max(at - 1, 0) : at + 1]:
-            if other.first <= claim.last and claim.first <= other.last:
-                raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
-        claim.slot = self._take_slot(claim)
-        self._claims.insert(at, claim)
-        self._changed()
+        with self._lock:
+            claims = self._claims
+            at = _position(claims, first)
+            for other in claims[max(at - 1, 0) : at + 1]:
+                if other.first <= claim.last and claim.first <= other.last:
+                    raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
+            claim.slot = self._take_slot(claim)
+            self._claims = [*claims[:at], claim, *claims[at:]]
+            self._changed()
         return claim
 
-    def _position(self, first: int) -> int:
-        low, high = 0, len(self._claims)
-        while low < high:
-            middle = (low + high) // 2
-            if self._claims[middle].first < first:
-                low = middle + 1
-            else:
-                high = middle
-        return low
-
     def _take_slot(self, claim: Claim) -> int:
-        """Every claim has a slot: C names by it whose ring is full or whose port said stop."""
+        """Every claim has a slot: C names its handler by it.
+
+        That of a claim just released is taken only for want of others: an access to it may be on
+        its way.
+        """
+        self._let_go()
         entry = (claim.handler or _no_handler, self._kind, claim.first)
+        full = len(self._slots) >= lib.PYKVM_SLOTS
         for number, (handler, _, _) in enumerate(self._slots):
-            if handler is _free:
+            if handler is _free or (full and handler is _released):
                 self._slots[number] = entry
                 return number
-        if len(self._slots) >= lib.PYKVM_SLOTS:
+        if full:
             raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
         self._slots.append(entry)
         return len(self._slots) - 1
 
     def release(self, claim: Claim) -> None:
         """Give a range back. Idempotent."""
-        if claim is self._rest:
-            self._rest = None
-        elif claim in self._claims:
-            self._claims.remove(claim)
-        else:
-            return
-        for size, datamatch in claim.in_kernel:
-            assert self._doorbell is not None
-            self._doorbell(claim, size, datamatch, False)
-        claim.in_kernel.clear()
-        self._slots[claim.slot] = (_free, self._kind, 0)
-        self._changed()
-        if isinstance(claim.device, RingDevice):
-            claim.device.close()
+        with self._lock:
+            if claim is self._rest:
+                self._rest = None
+            elif claim in self._claims:
+                self._claims = [other for other in self._claims if other is not claim]
+            else:
+                return
+            for size, datamatch in claim.in_kernel:
+                assert self._doorbell is not None
+                self._doorbell(claim, size, datamatch, False)
+            claim.in_kernel.clear()
+            self._slots[claim.slot] = (_released, self._kind, claim.first)
+            self._changed(claim)
 
     # ---- looking up ----------------------------------------------------------------------------
 
     def find(self, address: int) -> Claim | None:
         """The claim that serves an address, or None."""
-        at = self._position(address + 1) - 1
-        if at >= 0 and self._claims[at].first <= address <= self._claims[at].last:
-            return self._claims[at]
+        claims = self._claims
+        at = _position(claims, address + 1) - 1
+        if at >= 0 and claims[at].first <= address <= claims[at].last:
+            return claims[at]
         return self._rest
 
     def __iter__(self) -> Any:
@@ -377,37 +404,57 @@ class Bus:
         return "\n".join([f"<Bus {self.name}: {len(self)} claims>", *map(repr, self._claims)])
 
     def drain(self) -> None:
-        """Empty every ring into its Python end."""
+        """Empty every ring into its Python end; over the limit, what is in the ring waits there."""
         for claim in self._all():
             if isinstance(claim.device, RingDevice):
-                claim.device.drain()
+                claim.device.drain(at_end=True)
 
     def _all(self) -> tuple[Claim, ...]:
         """Every claim, that over unclaimed addresses last."""
         return (*self._claims, self._rest) if self._rest else tuple(self._claims)
 
     def close(self) -> None:
-        """Release every claim."""
+        """Release every claim. No vCPU may use this bus any more."""
+        for vcpu in self._vcpus:
+            setattr(vcpu, self.name, ffi.NULL)
+        self._vcpus.clear()
         for claim in self._all():
             claim.in_kernel.clear()  # they go with the VM's fd
             self.release(claim)
+        self._changed()
 
     # ---- the table for C -----------------------------------------------------------------------
 
     def attach(self, vcpu: Any) -> None:
         """Let a ``struct pykvm_vcpu`` use this bus from now on."""
         self._vcpus.append(vcpu)
-        if not self._alive:
-            self._alive = [self._build()]
-        setattr(vcpu, self.name, self._alive[-1][0])
+        if self._table is None and self._claims:  # without a table nothing is claimed
+            self._table = self._build()
+        if self._table is not None:
+            setattr(vcpu, self.name, self._table[0])
 
-    def _changed(self) -> None:
-        if self._vcpus:
-            running = any(vcpu.tid for vcpu in self._vcpus)
-            fresh = self._build()
-            for vcpu in self._vcpus:
-                setattr(vcpu, self.name, fresh[0])
-            self._alive = [*self._alive, fresh] if running else [fresh]
+    def _changed(self, released: Claim | None = None) -> None:
+        before, self._table = self._table, self._build() if self._vcpus else None
+        for vcpu in self._vcpus:
+            setattr(vcpu, self.name, self._table[0])
+        # Asked last: a loop that begins from here on uses the new table.
+        since = [(vcpu, vcpu.entries) for vcpu in self._vcpus if vcpu.tid]
+        self._retired.append((since, before, released))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Free what was retired before every vCPU ended its run or entered the guest anew.
+
+        Until then its loop may hold the table, a descriptor out of it, or the number of a slot.
+        """
+        waiting, self._retired = self._retired, []
+        for since, table, claim in waiting:
+            if any(vcpu.tid and vcpu.entries == entries for vcpu, entries in since):
+                self._retired.append((since, table, claim))
+            elif claim is not None:
+                if self._slots[claim.slot][0] is _released:
+                    self._slots[claim.slot] = (_free, self._kind, 0)
+                claim._close()
 
     def _build(self) -> Any:
         claims = self._all()
@@ -420,10 +467,9 @@ class Bus:
                 c.out = claim.device.output.c
             if isinstance(claim.device, Fifo):
                 setattr(c, "in", claim.device.input.c)
-            elif isinstance(claim.device, int):
-                c.fd = claim.device
             elif claim.on_read in _IN_DEVICE:
                 c.device = claim.device.c
+            c.fd = claim.fd
         table = ffi.new("struct pykvm_table *")
         table.count = len(self._claims)
         table.ranges = ranges
@@ -436,6 +482,23 @@ _IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK)
 """Actions whose state is a C structure of the device's."""
 
 
+def _position(claims: list[Claim], first: int) -> int:
+    """Where in the sorted claims one that begins at ``first`` belongs."""
+    low, high = 0, len(claims)
+    while low < high:
+        middle = (low + high) // 2
+        if claims[middle].first < first:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
 def _free(access: Access) -> int | None:
-    """Mark a slot that belongs to no claim. A late access finds an empty bus."""
+    """Mark a slot that belongs to no claim."""
+    return None
+
+
+def _released(access: Access) -> int | None:
+    """Mark the slot of a claim that was released. A late access finds an empty bus."""
     return None

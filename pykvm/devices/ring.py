@@ -7,6 +7,7 @@ What was drained waits in host memory up to a limit, so that a guest cannot fill
 from __future__ import annotations
 
 import os
+from _thread import RLock
 
 from pykvm._abi import ffi, lib
 from pykvm._typing import overload
@@ -84,9 +85,16 @@ class Ring:
     def fileno(self) -> int:
         """An eventfd that becomes readable when the ring turns non-empty; made at first use."""
         if self._eventfd < 0:
-            self._eventfd = os.eventfd(1 if len(self) else 0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+            self._eventfd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
             self.c.eventfd = self._eventfd
+            if len(self):  # looked at last: what comes from here on signals itself
+                self.wake()
         return self._eventfd
+
+    def wake(self) -> None:
+        """Make the eventfd readable, if there is one."""
+        if self._eventfd >= 0:
+            os.eventfd_write(self._eventfd, 1)
 
     def close(self) -> None:
         """Give the eventfd back; what is in the ring can still be popped."""
@@ -95,9 +103,14 @@ class Ring:
             os.close(self._eventfd)
             self._eventfd = -1
 
-    def pop(self) -> Any:
-        """All items there are, as a C array that lasts until the next pop, and their number."""
-        if self._eventfd >= 0:
+    def pop(self, quiet: bool = True) -> Any:
+        """All items there are, as a C array that lasts until the next pop, and their number.
+
+        Args:
+            quiet: the eventfd is readable no more. Else it stays as it is, for a reader who is
+                still to come for the items.
+        """
+        if quiet and self._eventfd >= 0:
             try:  # noqa: SIM105  before popping: a push in between signals anew
                 os.eventfd_read(self._eventfd)
             except BlockingIOError:
@@ -106,32 +119,75 @@ class Ring:
 
 
 class RingDevice:
-    """What stands behind a range that fills a ring: the bus drains it and closes it.
+    """What stands behind a range that fills a ring: the ring, and what was taken out of it.
 
-    Attributes:
-        output: the ring from the guest.
+    The vCPU's thread and readers in other threads use it at once: all under one lock, which is
+    held while the sink is called, so that batches reach it in order.
     """
 
-    output: Ring
+    def __init__(
+        self, item_type: str, capacity: int, sink: Callable[[Any], object] | None, keep: int
+    ) -> None:
+        self.output = Ring(item_type, capacity)
+        self.sink = sink
+        self._keep = keep
+        self._kept = bytearray()
+        self._lock = RLock()
 
-    def drain(self) -> None:
-        """Take what is in the ring; called when it is full and at a run's end."""
-        raise NotImplementedError
+    def drain(self, at_end: bool = False) -> None:
+        """Take what is in the ring; the run loop calls this when it is full and at a run's end.
+
+        Args:
+            at_end: the ring has room: over the limit, leave in it what is there.
+
+        Raises:
+            RingFullError: more than ``keep`` bytes wait to be read. They are still there.
+        """
+        with self._lock:
+            if self.sink is None:
+                if len(self._kept) < self._keep:
+                    self._kept += self._pop(quiet=False)
+                elif not at_end:
+                    raise RingFullError(
+                        f"the guest has written {len(self._kept)} bytes that nobody read:"
+                        f" read() them, or give the {type(self).__name__} a sink"
+                    )
+            elif data := self._pop():
+                self.sink(self._batch(data))
+
+    def _pop(self, quiet: bool = True) -> bytes:
+        items, count = self.output.pop(quiet)
+        return bytes(ffi.buffer(items, count * self.output.c.item_size))
+
+    def _batch(self, data: bytes) -> Any:
+        return data
+
+    def _take(self) -> bytes:
+        with self._lock:
+            data = self._pop()
+            if self._kept:
+                data = bytes(self._kept) + data
+                self._kept.clear()
+            return data
 
     def fileno(self) -> int:
-        """An eventfd for select(): readable when output turns from empty to non-empty."""
-        return self.output.fileno()
+        """An eventfd for select(): readable while there is something to read."""
+        with self._lock:
+            made = self.output.fileno()
+            if self._kept:
+                self.output.wake()
+            return made
 
     def close(self) -> None:
-        """Release the eventfds. Idempotent."""
+        """Release the eventfd; what was not read yet can still be read."""
         self.output.close()
 
 
 class Fifo(RingDevice):
     """The Python end of a FIFO range: a UART's data register, a console port.
 
-    What the guest writes is read with :meth:`read`; with a ``sink`` it is handed on in batches
-    instead, whenever the ring fills and when a run ends.
+    What the guest writes is read with :meth:`read`, from any thread; with a ``sink`` it is handed
+    on in batches instead, whenever the ring fills and when a run ends.
     """
 
     def __init__(
@@ -141,43 +197,25 @@ class Fifo(RingDevice):
         sink: Callable[[bytes], object] | None = None,
         keep: int = KEEP_BYTES,
     ) -> None:
-        self.output = Ring("uint8_t", capacity)
+        super().__init__("uint8_t", capacity, sink, keep)
         self.input = Ring("uint8_t", capacity)
-        self.sink = sink
-        self._keep = keep
-        self._kept = bytearray()
         self._waiting = bytearray()
 
-    def drain(self) -> None:
-        """Take what is in the ring; the run loop calls this when it is full and at a run's end.
-
-        Raises:
-            RingFullError: more than ``keep`` bytes wait to be read. They are still there.
-        """
-        if self.sink is None and len(self._kept) >= self._keep:
-            raise RingFullError(
-                f"the guest has written {len(self._kept)} bytes that nobody read:"
-                " read() them, or give the FIFO a sink"
-            )
-        items, count = self.output.pop()
-        if count:
-            if self.sink is None:
-                self._kept += ffi.buffer(items, count)
-            else:
-                self.sink(bytes(ffi.buffer(items, count)))
-        self._feed()
+    def drain(self, at_end: bool = False) -> None:
+        """As for any output; and let the guest have more of what :meth:`write` queued."""
+        with self._lock:
+            self._feed()
+            super().drain(at_end)
 
     def read(self) -> bytes:
         """Everything that the guest has written and that was not read yet."""
-        items, count = self.output.pop()
-        data = bytes(self._kept) + bytes(ffi.buffer(items, count))
-        self._kept.clear()
-        return data
+        return self._take()
 
     def write(self, data: bytes) -> None:
         """Queue bytes for the guest to read; any amount, at any time."""
-        self._waiting += data
-        self._feed()
+        with self._lock:
+            self._waiting += data
+            self._feed()
 
     def _feed(self) -> None:
         room = self.input.c.capacity - len(self.input)
@@ -187,7 +225,7 @@ class Fifo(RingDevice):
         self.input.c.more = bool(self._waiting)
 
     def close(self) -> None:
-        """Release the eventfds."""
+        """Release the eventfds; what was not read yet can still be read."""
         super().close()
         self.input.close()
 
@@ -234,34 +272,11 @@ class Log(RingDevice):
         sink: Callable[[Records], object] | None = None,
         keep: int = KEEP_BYTES,
     ) -> None:
-        self.output = Ring("struct pykvm_record", capacity)
-        self.sink = sink
-        self._keep = keep
-        self._kept = bytearray()
+        super().__init__("struct pykvm_record", capacity, sink, keep)
 
-    def drain(self) -> None:
-        """Take what is in the ring; the run loop calls this when it is full and at a run's end.
-
-        Raises:
-            RingFullError: more than ``keep`` bytes of records wait. They are still there.
-        """
-        if self.sink is None and len(self._kept) >= self._keep:
-            raise RingFullError(
-                f"{len(self._kept) // RECORD_BYTES} records wait that nobody read: read() them,"
-                " or give the log a sink"
-            )
-        data = self._pop()
-        if self.sink is None:
-            self._kept += data
-        elif data:
-            self.sink(Records(data))
-
-    def _pop(self) -> bytes:
-        items, count = self.output.pop()
-        return bytes(ffi.buffer(items, count * RECORD_BYTES))
+    def _batch(self, data: bytes) -> Records:
+        return Records(data)
 
     def read(self) -> Records:
         """Every record that was not read yet, oldest first."""
-        data = bytes(self._kept) + self._pop()
-        self._kept.clear()
-        return Records(data)
+        return Records(self._take())

@@ -7,10 +7,9 @@ Python; Python has the two ends: what the guest sent, and what it is to receive.
 from __future__ import annotations
 
 import os
-from _thread import RLock
 
 from pykvm._abi import ffi, lib
-from pykvm.devices.ring import KEEP_BYTES, Ring, RingDevice, RingFullError
+from pykvm.devices.ring import KEEP_BYTES, RingDevice, RingFullError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -69,11 +68,7 @@ class Serial(RingDevice):
             )
         if irq is not None:
             os.fstat(irq)
-        self.output = Ring("uint8_t", capacity)
-        self.sink = sink
-        self._keep = keep
-        self._kept = bytearray()
-        self._lock = RLock()
+        super().__init__("uint8_t", capacity, sink, keep)
         self._claims: list[Claim] = []
         self._consumed = -1
         self._input = ffi.new("uint16_t[]", input_capacity)
@@ -94,37 +89,9 @@ class Serial(RingDevice):
 
     # ---- from the guest ------------------------------------------------------------------------
 
-    def drain(self) -> None:
-        """Take what is in the ring: into the sink, or to be read.
-
-        The run loop calls this when the ring is full and at a run's end; a thread that waits for
-        :meth:`fileno` may, too.
-
-        Raises:
-            RingFullError: more than ``keep`` bytes wait to be read. They are still there.
-        """
-        with self._lock:
-            if self.sink is None and len(self._kept) >= self._keep:
-                raise RingFullError(
-                    f"the guest has written {len(self._kept)} bytes that nobody read:"
-                    " read() them, or give the serial port a sink"
-                )
-            data = self._pop()
-            if self.sink is None:
-                self._kept += data
-            elif data:
-                self.sink(data)
-
     def read(self) -> bytes:
         """Everything that the guest has written and that was not read yet."""
-        with self._lock:
-            data = bytes(self._kept) + self._pop()
-            self._kept.clear()
-            return data
-
-    def _pop(self) -> bytes:
-        items, count = self.output.pop()
-        return bytes(ffi.buffer(items, count))
+        return self._take()
 
     # ---- to the guest --------------------------------------------------------------------------
 

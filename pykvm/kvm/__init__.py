@@ -11,7 +11,7 @@ What a KVM does not have raises :class:`~pykvm.errors.CapabilityError`, what it 
 
 from __future__ import annotations
 
-from . import exits, ioctl
+from . import ioctl
 from .device import Device
 from .flex import MsrError, new_cpuid2
 from .system import Kvm
@@ -24,6 +24,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from . import exits
     from .tracing import trace
 
 __all__ = [
@@ -45,7 +46,7 @@ __all__ = [
 _CONSTANTS = ("KVM_", "MSR_KVM_", "GUEST_MEMFD_")
 
 #: Loaded when first asked for.
-_SUBMODULES = ("caps", "decode", "exclusions", "hints", "rings", "stats", "tracing")
+_SUBMODULES = ("caps", "decode", "exclusions", "exits", "hints", "rings", "stats", "tracing")
 
 
 def __getattr__(name: str) -> Any:

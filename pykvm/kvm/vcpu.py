@@ -10,7 +10,6 @@ import mmap
 from pykvm._abi import ffi
 from pykvm.errors import ClosedError, KvmError
 
-from .exits import Exit, decode, decode_failed
 from .flex import new_enable_cap
 from .ioctl import call
 from .vcpu_model import ModelMixin
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Any
 
+    from .exits import Exit
     from .rings import Coalesced, DirtyRing
     from .stats import Stats
     from .vm import Vm
@@ -84,6 +84,8 @@ class Vcpu(ModelMixin):
         EAGAIN for an application processor that was not started; EINVAL if the run page asks for
         what KVM does not have.
         """
+        from .exits import decode, decode_failed
+
         try:
             call(self, "KVM_RUN")
         except KvmError as error:

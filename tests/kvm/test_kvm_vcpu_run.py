@@ -296,12 +296,20 @@ def test_ctrl_c_ends_a_guest_that_never_exits(cpu: Vcpu, memory: Ram) -> None:
     start(cpu, memory, "ebfe")
     main = threading.main_thread().ident
     assert main is not None
-    entered = threading.Event()
+    entered, seen = threading.Event(), threading.Event()
 
     def interrupt() -> None:
         entered.wait()
         signal.pthread_kill(main, signal.SIGINT)
+        while not seen.wait(0.05):  # it may have come just before KVM_RUN, which then never knew
+            signal.pthread_kill(main, signal.SIGINT)
 
+    def once(number: int, frame: object) -> None:
+        if not seen.is_set():
+            seen.set()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, once)
     thread = threading.Thread(target=interrupt)
     thread.start()
     try:
@@ -311,6 +319,7 @@ def test_ctrl_c_ends_a_guest_that_never_exits(cpu: Vcpu, memory: Ram) -> None:
                 cpu.run()
     finally:
         thread.join()
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.cap("KVM_CAP_VAPIC")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import warnings
 
 import pytest
@@ -100,3 +101,24 @@ def test_after_a_fork_the_error_says_that_machines_do_not_cross_it() -> None:
         assert "EIO" in text and "fork" in text
         m.cpu.rip = 0x8000
         assert m.run(timeout=60).reason == reasons.HALTED
+
+
+def test_a_machine_made_after_a_fork_has_timeouts_of_its_own() -> None:
+    """A child has none of its parent's timers."""
+    with pykvm.Machine() as m:
+        hello(m)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            with pykvm.Machine() as m:
+                m.load(b"\xeb\xfe", at=0x8000)  # jmp $
+                m.cpu.enter("real16", entry=0x8000)
+                code = 0 if m.run(timeout=0.1).reason == reasons.TIMEOUT else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 import pykvm
 from pykvm import result as reasons
 from pykvm.devices.access import PioAccess
+from pykvm.vcpu_thread import Runner
 
 COUNT = "mov ecx,1000; l: lock inc qword ptr [0x9000]; dec ecx; jnz l; "
 
@@ -127,3 +130,132 @@ def test_each_vcpu_has_its_own_apic_id_in_cpuid() -> None:
         enter_all(m, "mov eax,1; cpuid; shr ebx,24; mov [0x9000+rdi],bl; hlt")
         assert m.run(timeout=60).reason == reasons.HALTED
         assert m.mem[0x9000:0x9003] == bytes([0, 1, 2])
+
+
+def test_a_vcpu_that_had_halted_stays_halted_when_the_run_is_taken_up_again() -> None:
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        enter_all(m, "test edi,edi; jnz h; l: jmp l; h: hlt; ud2")
+        for _ in range(3):
+            result = m.run(timeout=0.2)
+            assert result.reason == reasons.TIMEOUT, result
+            assert [state.halted for state in result.cpus] == [False, True]
+        m.load(pykvm.asm("mov al,1; out 0xf4,al", at=0x11000))
+        m.debug_exit(0xF4)
+        m.cpus[1].rip = 0x11000  # a new state: it goes on from there
+        assert m.run(timeout=60).reason == reasons.DEBUG_EXIT
+
+
+def test_of_two_that_end_at_once_the_second_is_reported_by_the_next_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        enter_all(m, "mov eax,edi; out 0xf4,al; l: jmp l")
+        m.debug_exit(0xF4)
+        barrier = threading.Barrier(2)
+        for cpu in m.cpus:
+            loop = cpu._runner._loop
+
+            def together(c: object, lock: object, loop: object = loop) -> object:
+                end = loop(c, lock)  # type: ignore[operator]
+                if first:
+                    barrier.wait(60)
+                return end
+
+            monkeypatch.setattr(cpu._runner, "_loop", together)
+        first = True
+        codes = [m.run(timeout=60).code]
+        first = False
+        codes.append(m.run(timeout=60).code)
+        assert sorted(code for code in codes if code is not None) == [0, 1]
+
+
+def test_a_stop_does_not_wait_for_a_vcpu_that_did_not_run() -> None:
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        m.load(pykvm.asm("out 0x10,al; hlt", at=0x10000))
+        m.on_pio(0x10, lambda exit: m.stop())
+        m.cpu.enter("long64", entry=0x10000)
+        assert m.run(timeout=60).reason == reasons.STOPPED
+        m.cpu.enter("long64", entry=0x10002)
+        m.cpus[1].enter("long64", entry=0x10002)
+        assert m.run(timeout=60).reason == reasons.HALTED
+
+
+def test_a_second_run_at_once_is_refused_and_does_not_end_the_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stopped: list[int] = []
+    monkeypatch.setattr(Runner, "stop", lambda runner: stopped.append(runner.c.index))
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        enter_all(m, "out 0x10,al; hlt")
+        inside, go_on = threading.Event(), threading.Event()
+
+        @m.on_pio(0x10)
+        def _(exit: PioAccess) -> None:
+            inside.set()
+            assert go_on.wait(60)
+
+        with ThreadPoolExecutor(1) as other:
+            run = other.submit(m.run, 60)
+            assert inside.wait(60)
+            with pytest.raises(pykvm.BusyError):
+                m.run()
+            assert not stopped
+            go_on.set()
+            assert run.result().reason == reasons.HALTED
+
+
+def test_a_thread_that_cannot_be_had_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = threading.Thread.start
+
+    def scarce(thread: threading.Thread) -> None:
+        if thread.name == "vcpu2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with pykvm.Machine(memory="2M", cpus=3) as m:
+        enter_all(m, "l: jmp l")
+        monkeypatch.setattr(threading.Thread, "start", scarce)
+        with pytest.raises(RuntimeError, match="can't start"):
+            m.run(timeout=60)
+        assert threading.active_count() == 1
+        monkeypatch.undo()
+        assert m.run(timeout=0.1).reason == reasons.TIMEOUT
+
+
+def test_a_second_vcpu_that_is_entered_needs_no_start_up_ipi() -> None:
+    with pykvm.Machine(memory="2M", cpus=2, irqchip=True) as m:
+        m.load(pykvm.asm("l: jmp l; mov al,1; out 0xf4,al", at=0x10000))
+        m.debug_exit(0xF4)
+        m.cpu.enter("long64", entry=0x10000)
+        m.cpus[1].enter("long64", entry=0x10002)
+        result = m.run(timeout=60)
+        assert (result.reason, result.cpu) == (reasons.DEBUG_EXIT, 1)
+
+
+def test_ctrl_c_again_and_again_ends_no_run_before_every_vcpu_is_home() -> None:
+    """The first comes to the vCPU of the main thread, the next while it waits for the others."""
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        enter_all(m, "l: out 0x10,al; jmp l")
+        main = threading.get_ident()
+        at_home, inside = threading.Event(), threading.Event()
+
+        @m.on_pio(0x10)
+        def _(exit: PioAccess) -> None:
+            if threading.get_ident() != main:
+                inside.set()
+                assert at_home.wait(60)
+
+        def press() -> None:
+            assert inside.wait(60)
+            for pause in (0, 0.1, 0.1):  # the main thread gets to its wait meanwhile
+                at_home.wait(pause)
+                signal.pthread_kill(main, signal.SIGINT)
+            at_home.wait(0.1)
+            at_home.set()
+
+        with ThreadPoolExecutor(1) as other:
+            pressed = other.submit(press)
+            result = m.run(timeout=60)
+            pressed.result()
+        assert result.reason == reasons.INTERRUPTED
+        assert [state.index for state in result.cpus] == [0, 1]

@@ -77,8 +77,8 @@ def guest_environment(extra: Mapping[str, str]) -> dict[str, str]:
         "HYPOTHESIS_STORAGE_DIRECTORY": "/tmp/hypothesis",
         "PYKVM_RIG": "1",
         "PYKVM_RIG_RESULTS": "/run/rig/results",
-        # Python is some twenty times slower inside.
-        "PYKVM_TEST_WATCHDOG": "600",
+        # Python is some twenty times slower inside; less than the whole run may take, to be heard.
+        "PYKVM_TEST_WATCHDOG": "240",
         **extra,
     }
 

@@ -11,6 +11,7 @@ import lzma
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -51,11 +52,19 @@ class ModuleTree:
         data = self.read(name)
         hard = re.findall(rb"\0depends=([^\0]*)\0", data)
         soft = re.findall(rb"\0softdep=pre: ([^\0]*)\0", data)
-        names = [n for text in hard for n in text.decode().split(",") if n]
-        # What is asked for softly may be an alias or built in: taken if there is such a module.
-        return names + [
-            n for text in soft for n in text.decode().split() if self._name(n) in self._paths
-        ]
+        found = (self._called(n) for text in soft for n in text.decode().split())
+        return [n for text in hard for n in text.decode().split(",") if n] + [n for n in found if n]
+
+    def _called(self, name: str) -> str:
+        """The module of that name or alias; "" where there is none, as what it means is built in.
+
+        Of several (crc32c in C, by an instruction, …) a generic one, which works on every CPU.
+        """
+        if self._name(name) in self._paths:
+            return name
+        mark = f"\0alias={name}\0".encode()
+        others = [other for other in self._paths if mark in self.read(other)]
+        return min(others, key=lambda other: ("generic" not in other, other), default="")
 
     def closure(self, names: Iterable[str]) -> list[str]:
         """The named modules and all they depend on, each after what it depends on."""
@@ -101,8 +110,9 @@ def build(kernel: KernelImage, modules: Iterable[str], cache: Path) -> Path:
     archive = b"".join(cpio(entries))
     path = cache / f"initramfs-{hashlib.sha256(archive).hexdigest()[:16]}.cpio"
     if not path.exists():
-        for old in cache.glob("initramfs-*.tmp"):
-            old.unlink()
+        for old in cache.glob("initramfs-*"):  # of other modules or another kernel
+            if old.stat().st_mtime < time.time() - 86400:
+                old.unlink()
         scratch = path.with_suffix(".tmp")
         scratch.write_bytes(archive)
         os.replace(scratch, path)

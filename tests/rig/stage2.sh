@@ -16,8 +16,9 @@ echo 16 >/proc/sys/vm/nr_hugepages # for the tests of memory in huge pages
 [ -c /dev/kvm ] || { echo "rig: kvm_amd is loaded, yet there is no /dev/kvm"; $b poweroff -f; }
 : >/run/rig/started
 
-# A session of its own, no input, output where the runner reads it.
-$b setsid $b sh /run/rig/command.sh </dev/null >>/run/rig/output.log 2>&1
+# A session of its own, no input, output where the runner reads it. The host's shell, as busybox's
+# would take its own mount, ls, … for the host's.
+$b setsid /bin/sh /run/rig/command.sh </dev/null >>/run/rig/output.log 2>&1
 echo $? >/run/rig/status.new
 $b mv /run/rig/status.new /run/rig/status
 $b sync

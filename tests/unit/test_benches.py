@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
@@ -240,6 +241,7 @@ def test_every_question_can_be_loaded_and_answers_with_measure() -> None:
 # ---- the question that needs no KVM --------------------------------------------------------------
 
 
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the C reference with")
 def test_the_fake_loop_is_measured_without_kvm() -> None:
     results = {made.name: made for made in run.load("fake-loop").measure(1)}
     assert results["fake-loop/c-ignore"].goal == Goal(50, OF_OURS)

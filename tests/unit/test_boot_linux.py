@@ -11,6 +11,7 @@ import pytest
 
 from pykvm import boot
 from pykvm.boot import layout, unpack
+from pykvm.boot.bzimage import BzImage
 from pykvm.errors import BootError
 from pykvm.memory import GuestMemory
 from tests.support.kernels import (
@@ -164,6 +165,34 @@ def test_a_missing_library_is_named(mem: GuestMemory, monkeypatch: pytest.Monkey
 def test_an_image_without_a_payload_field_unpacks_itself(mem: GuestMemory) -> None:
     plan = load(mem, bzimage(payload_offset=0, payload_length=0))
     assert plan.notes == ["the image unpacks itself: payload_offset is 0"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"version": 0x20C},
+        {"jump": 0x62EB},
+        {"jump": 0x8EEB},
+        {"cmdline_size": 0},
+        {"kernel_version": 0},
+        {"kernel_version": 0xFFFF},
+        {"kernel_alignment": PREF // 2},
+        {"init_size": RAM - PREF},
+        {"xloadflags": 1},
+    ],
+)
+def test_the_last_value_within_its_limits_is_fine(mem: GuestMemory, fields: dict[str, Any]) -> None:
+    assert load(mem, bzimage(**fields)).entry == PREF
+
+
+def test_the_header_is_copied_to_its_end_and_no_further(mem: GuestMemory) -> None:
+    load(mem, bzimage(jump=0x62EB))
+    assert header(mem, "init_size") == INIT_SIZE and header(mem, "handover_offset") == 0
+
+
+def test_what_is_no_bzimage_is_refused_by_its_reader() -> None:
+    with pytest.raises(BootError, match="header: expected 48 64 72 53, found 00 00 00 00"):
+        BzImage(memoryview(bzimage(header=0)))
 
 
 def test_a_signature_behind_the_image_is_not_part_of_it(mem: GuestMemory) -> None:

@@ -127,6 +127,9 @@ def test_tables_and_info_block_keep_clear_of_a_low_image(base: int) -> None:
         (plan.info_gpa, plan.info_gpa + len(mem.writes[plan.info_gpa])),
         (plan.modules[0][0], sum(plan.modules[0])),
     ]
+    free = base + size <= cpu.GDT or base >= cpu.END
+    assert (plan.tables == 0) is free, "at their usual place if they can be"
+    assert (plan.info_gpa == layout.MULTIBOOT_INFO) is (base + size <= layout.MULTIBOOT_INFO)
     for index, (start, end) in enumerate(taken):
         for other_start, other_end in taken[:index]:
             assert end <= other_start or other_end <= start, (hex(start), hex(other_start))
@@ -184,9 +187,15 @@ def test_the_headers_addresses_win_over_those_of_an_elf_file(mem: GuestMemory) -
     assert plan.kernel == (LOAD, len(image)) and mem[LOAD : LOAD + len(image)] == image
 
 
+@pytest.mark.parametrize("entry", [LOAD, LOAD + 0x4FFF])
+def test_the_entry_may_be_any_byte_of_it(mem: GuestMemory, entry: int) -> None:
+    assert load(mem, flat(bss_end=LOAD + 0x5000, entry=entry)).entry == entry
+
+
 @pytest.mark.parametrize(
     ("addresses", "message"),
     [
+        ({"entry": LOAD + 0x5000, "bss_end": LOAD + 0x5000}, "entry_addr: .* found 0x305000"),
         ({"header": LOAD - 1}, "header_addr: expected load_addr .* found 0x2fffff"),
         ({"header": LOAD + HEADER_AT + 1}, "header_addr: expected load_addr"),
         ({"load_end": LOAD}, "load_end_addr: expected an end within the file"),

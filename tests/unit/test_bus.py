@@ -226,3 +226,38 @@ def test_a_stop_port_reads_what_it_was_given() -> None:
     assert ports.inp(0xF4, 4) == 0x1234
     ports.out(0xF4, 9)
     assert ports.end is not None and (ports.end.reason, ports.end.code) == ("stopped", 9)
+# ---- doorbells -----------------------------------------------------------------------------------
+
+
+def test_a_doorbell_that_kvm_refuses_leaves_no_claim_and_no_descriptor() -> None:
+    def refuse(claim: object, size: int, datamatch: int | None, on: bool) -> bool:
+        raise OSError("refused")
+
+    bus = Bus("pio", [], refuse)
+    fd = os.eventfd(0)
+    try:
+        open_before = set(os.listdir("/proc/self/fd"))
+        with pytest.raises(OSError, match="refused"):
+            bus.eventfd(0x50, fd)
+        assert len(bus) == 0
+        assert set(os.listdir("/proc/self/fd")) == open_before
+    finally:
+        os.close(fd)
+
+
+def test_a_doorbell_does_not_need_the_callers_descriptor_any_more() -> None:
+    """Else a guest would write to whatever file has the number next."""
+    calls: list[bool] = []
+
+    def doorbell(claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
+        os.fstat(claim.fd)
+        calls.append(on)
+        return True
+
+    bus = Bus("pio", [], doorbell)
+    fd = os.eventfd(0)
+    claim = bus.eventfd(0x50, fd)
+    os.close(fd)
+    claim.release()
+    assert calls == [True, False]
+    assert claim.fd == -1

@@ -16,6 +16,7 @@ import pytest
 
 from pykvm import kvm as k
 from pykvm._abi import ffi, lib
+from pykvm.errors import KvmError
 from tests.support.fake_ioctl import FakeKernel, fake_vcpu, peek, put
 
 Fake = tuple[FakeKernel, k.Kvm, k.Vm, k.Vcpu]
@@ -429,6 +430,9 @@ def test_device_attributes_point_at_their_value(fake: Fake, which: str) -> None:
     assert kernel.last.data == pack("<IIQQ", 0, 3, 4, 0)
     kernel.answers["KVM_HAS_DEVICE_ATTR"] = -6  # ENXIO
     assert not target.has_device_attr(3, 4)
+    kernel.answers["KVM_HAS_DEVICE_ATTR"] = -14  # EFAULT: no answer to the question
+    with pytest.raises(KvmError, match="EFAULT"):
+        target.has_device_attr(3, 4)
     if which != "kvm":
         seen, kernel.answers["KVM_SET_DEVICE_ATTR"] = pointee(4)
         target.set_device_attr(5, 6, b"\1\2\3\4")

@@ -188,6 +188,14 @@ def test_flags_that_do_not_announce_the_instruction_are_believed() -> None:
     assert (exit.flags, exit.insn_bytes) == (2, b"")
 
 
+@pytest.mark.parametrize("reason", [lib.KVM_EXIT_INTERNAL_ERROR, lib.KVM_EXIT_SYSTEM_EVENT])
+def test_more_details_than_there_is_room_for_are_cut(reason: int) -> None:
+    exit = exits.decode(page(reason, pack("<II", 2, 1000) + bytes(range(128))))
+    assert isinstance(exit, exits.InternalErrorExit | exits.SystemEventExit)
+    assert len(exit.data) == 16
+    assert exit.data[15] == int.from_bytes(bytes(range(120, 128)), "little")
+
+
 def test_an_unknown_exit_is_preserved_with_its_bytes() -> None:
     union = bytes(range(256))
     exit = exits.decode(page(999, union))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -251,6 +252,21 @@ def test_the_same_sink_twice_ends_one_at_a_time(fake: Fake) -> None:
     assert len(lines) == 3
 
 
+def test_traces_may_end_in_any_order(fake: Fake) -> None:
+    vcpu = fake[3]
+    vcpu.nmi()
+    first: list[str] = []
+    second: list[str] = []
+    one, two = k.trace(first), k.trace(second)
+    one.__enter__()
+    two.__enter__()
+    one.__exit__()
+    vcpu.nmi()
+    two.__exit__()
+    assert (len(first), len(second)) == (0, 1)
+    assert not k.ioctl.tracing()
+
+
 def test_what_a_sink_asks_of_kvm_is_not_traced(fake: Fake) -> None:
     vcpu = fake[3]
     vcpu.nmi()
@@ -286,22 +302,31 @@ def test_a_sink_that_fails_does_not_stop_the_tracing(fake: Fake) -> None:
 def test_lines_of_threads_do_not_mix(fake: Fake) -> None:
     vcpu = fake[3]
     vcpu.nmi()
-    file = io.StringIO()
+    lines: list[str] = []
+    inside: list[int] = []
+    overlaps: list[int] = []
     start = threading.Barrier(4)
+
+    def sink(line: str) -> None:
+        inside.append(1)
+        os.sched_yield()  # gives others every chance to come in between
+        overlaps.extend(inside[1:])
+        lines.append(line)
+        inside.pop()
 
     def work() -> None:
         start.wait()
         for _ in range(50):
             vcpu.nmi()
 
-    with k.trace(file):
+    with k.trace(sink):
         threads = [threading.Thread(target=work) for _ in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert set(file.getvalue().splitlines()) == {f"ioctl(vcpu {vcpu.fd}, KVM_NMI) = 0"}
-    assert len(file.getvalue().splitlines()) == 200
+    assert lines == [f"ioctl(vcpu {vcpu.fd}, KVM_NMI) = 0"] * 200
+    assert not overlaps
 
 
 # -- decoding by type ------------------------------------------------------------------------------

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
+from typing import Any
 
 import pytest
 
 from pykvm import result as reasons
+from pykvm import vcpu_thread
 from pykvm._abi import lib
+from pykvm.devices import ring
 from pykvm.devices.access import MmioAccess, PioAccess
-from pykvm.devices.ring import RingFullError
+from pykvm.devices.ring import Fifo, RingFullError
 from pykvm.errors import BusyError, KvmError
 from pykvm.vcpu_thread import NEVER, End
 from tests.support.fake_vcpu import HLT, FakeRun, error, mmio, other, pio
@@ -402,3 +408,170 @@ def test_complete_gives_up_a_half_done_string_read() -> None:
     fake.runner.complete()
     assert fake.answered(0, 4) == b"\xff" * 4
     assert run(fake).reason == reasons.HALTED
+
+
+def test_complete_gives_up_what_its_ring_has_no_room_for() -> None:
+    fake = FakeRun(*[pio(0x3F8, b"abcdefgh")] * 7, HLT)
+    fake.pio.fifo(0x3F8, capacity=16, keep=16)
+    with pytest.raises(RingFullError):
+        run(fake)
+    assert fake.c.access.pending == lib.PYKVM_RETRY
+    fake.runner.complete()
+    assert fake.c.access.pending == lib.PYKVM_IDLE
+
+
+def test_complete_leaves_a_stop_to_the_next_run() -> None:
+    fake = FakeRun(HLT, pio(1, b"a"))
+    fake.pio.ignore(1)
+    run(fake)
+    fake.runner.stop()
+    fake.runner.complete()
+    assert run(fake, seconds=1).reason == reasons.STOPPED
+
+
+# ---- signals and threads at awkward moments ------------------------------------------------------
+
+
+class CtrlC:
+    """The compiled module, with Ctrl-C raised once as one of its functions comes back."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, name: str) -> object:
+        function = getattr(lib, name)
+        if name != self._name:
+            return function
+
+        def interrupted(*arguments: object) -> None:
+            self._name = ""
+            function(*arguments)
+            raise KeyboardInterrupt
+
+        return interrupted
+
+
+def test_ctrl_c_as_an_access_comes_back_does_not_lose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRun(pio(1, b"a"), pio(2), pio(1, b"b"), HLT)
+    seen: list[int] = []
+    claim = fake.pio.handle(1, lambda access: seen.append(access.value))
+    fake.pio.handle(2, lambda access: 0x55)
+    for _ in range(3):
+        monkeypatch.setattr(vcpu_thread, "lib", CtrlC("pykvm_vcpu_run"))
+        with pytest.raises(KeyboardInterrupt):
+            run(fake)
+    monkeypatch.undo()
+    assert run(fake).reason == reasons.HALTED
+    assert (bytes(seen), fake.answered(1, 1), claim.hits) == (b"ab", b"\x55", 2)
+
+
+def test_ctrl_c_as_a_halt_comes_back_does_not_lose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeRun(HLT, pio(1, b"a"))
+    monkeypatch.setattr(vcpu_thread, "lib", CtrlC("pykvm_vcpu_run"))
+    with pytest.raises(KeyboardInterrupt):
+        run(fake)
+    assert run(fake).reason == reasons.HALTED
+    assert (fake.c.exits, run(fake).reason) == (1, reasons.UNCLAIMED)
+
+
+def test_ctrl_c_as_a_run_begins_lets_go_of_the_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the timer would write to its run page after it is gone."""
+    fake = FakeRun(HLT)
+    monkeypatch.setattr(vcpu_thread, "lib", CtrlC("pykvm_vcpu_begin"))
+    with pytest.raises(KeyboardInterrupt):
+        run(fake)
+    assert (fake.c.tid, fake.runner.owner) == (0, 0)
+    assert run(fake).reason == reasons.HALTED
+
+
+def test_of_two_runs_that_begin_at_once_one_is_refused() -> None:
+    fake = FakeRun(HLT)
+    assert lib.pykvm_vcpu_begin(fake.c, NEVER) == 0  # the other has not yet said who it is
+    with pytest.raises(BusyError), ThreadPoolExecutor(1) as other:
+        other.submit(run, fake).result()
+    lib.pykvm_vcpu_end(fake.c)
+    assert run(fake).reason == reasons.HALTED
+
+
+def test_a_reader_in_another_thread_gets_every_byte_once_and_in_order(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It comes while the vCPU's thread drains the ring, and another vCPU writes."""
+    fifo = Fifo(capacity=16)
+    push = partial(lib.pykvm_ring_push, fifo.output.c)
+
+    class Slow:
+        def __getattr__(self, name: str) -> object:
+            return getattr(lib, name)
+
+        def pykvm_ring_pop(self, *arguments: Any) -> int:
+            monkeypatch.undo()
+            count = lib.pykvm_ring_pop(*arguments)
+            push(b"new!", 4)
+            reads.append(reader.submit(fifo.read))
+            wait(reads, timeout=0.2)  # it must wait for us
+            return count
+
+    reads: list[Future[bytes]] = []
+    push(b"old!", 4)
+    monkeypatch.setattr(ring, "lib", Slow())
+    with ThreadPoolExecutor(1) as reader:
+        fifo.drain()
+        assert reads[0].result() + fifo.read() == b"old!new!"
+
+
+def test_output_that_was_taken_out_of_the_ring_still_wakes_a_reader() -> None:
+    fake = FakeRun(pio(0x3F8, b"x"), HLT)
+    fifo = fake.pio.fifo(0x3F8)
+    fifo.fileno()
+    run(fake)
+    fake.pio.drain()
+    assert select.select([fifo], [], [], 0)[0] == [fifo]
+    assert fifo.read() == b"x"
+    assert select.select([fifo], [], [], 0)[0] == []
+    fake.pio.close()
+
+
+def test_a_full_fifo_does_not_spoil_the_end_of_a_run() -> None:
+    fake = FakeRun(pio(0x3F8, b"abcdefgh"), pio(0x3F8, b"ABCDEFGH"), pio(0x3F8, b"x"), HLT)
+    fifo = fake.pio.fifo(0x3F8, capacity=16, keep=16)
+    assert run(fake).reason == reasons.HALTED
+    fake.pio.drain()
+    assert fifo.read() == b"abcdefghABCDEFGHx"
+
+
+# ---- claims that change under a run --------------------------------------------------------------
+
+
+def test_an_access_on_its_way_does_not_reach_a_claim_made_meanwhile() -> None:
+    fake = FakeRun(pio(1, b"a"), HLT)
+    slots: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        claim.release()
+        slots.append(fake.pio.handle(2, lambda access: None).slot)
+
+    claim = fake.pio.handle(1, handler)
+    run(fake)
+    assert slots != [claim.slot]
+    assert fake.pio.handle(1, handler).slot == claim.slot  # nothing runs: it is free again
+
+
+def test_an_eventfd_stays_open_as_long_as_a_loop_may_write_to_it() -> None:
+    fake = FakeRun(pio(1, b"a"), HLT)
+    fifo = fake.pio.fifo(0x3F8)
+    number = fifo.fileno()
+    kept: list[bool] = []
+
+    def handler(access: PioAccess) -> None:
+        found = fake.pio.find(0x3F8)
+        assert found is not None
+        found.release()
+        kept.append(os.fstat(number) is not None)
+
+    fake.pio.handle(1, handler)
+    run(fake)
+    assert kept == [True]
+    fake.pio.close()
+    with pytest.raises(OSError):
+        os.fstat(number)

@@ -84,6 +84,12 @@ def test_a_soft_dependency_is_taken_if_there_is_one(module_tree: Callable[..., P
     assert tree.closure(["ext4"]) == ["crc32c", "ext4"]
 
 
+def test_a_soft_dependency_may_be_an_alias(module_tree: Callable[..., Path]) -> None:
+    alias = "\0alias=crc32c"
+    folder = module_tree(ext4="soft crc32c", a_fast=alias, z_generic=alias, other="\0alias=crc32")
+    assert initramfs.ModuleTree(folder).closure(["ext4"]) == ["z_generic", "ext4"]
+
+
 def test_a_module_that_this_kernel_lacks_is_named(module_tree: Callable[..., Path]) -> None:
     tree = initramfs.ModuleTree(module_tree(a="b"))
     with pytest.raises(host.RigError, match="no module 'b'"):

@@ -13,13 +13,14 @@ part. What lies where is drawn in ``layout``.
 from __future__ import annotations
 
 from . import layout
-from .paging import PageTables
 from .segments import Segment, code32, code64, data, null, real_mode, tss
-from .tables import Gdt, Idt, Tss32, Tss64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
+
+    from .paging import PageTables
+    from .tables import Gdt, Idt, Tss32, Tss64
 
 MODES = ("real16", "prot32", "long64")
 
@@ -153,18 +154,32 @@ def _check_addresses(done: Entry, tables: int) -> None:
         )
 
 
+_flat: dict[bool, Gdt] = {}
+
+
+def _flat_gdt(base: int, long: bool) -> Gdt:
+    """The descriptors that all machines have alike; encoded once."""
+    from .tables import Gdt
+
+    if long not in _flat:
+        _flat[long] = gdt = Gdt(0, long)
+        for selector, segment in (
+            (layout.KERNEL_CS32, code32()),
+            (layout.KERNEL_CS, code64()),
+            (layout.KERNEL_DS, data()),
+            (layout.USER_CS32, code32(dpl=3)),
+            (layout.USER_DS, data(dpl=3)),
+            (layout.USER_CS, code64(dpl=3)),
+        ):
+            gdt.place(selector, segment)
+    return _flat[long].copy(base)
+
+
 def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool) -> Gdt:
     """Write GDT and TSS, and load every segment register for the ring."""
-    gdt = done.gdt = Gdt(tables + layout.GDT, long)
-    for selector, segment in (
-        (layout.KERNEL_CS32, code32()),
-        (layout.KERNEL_CS, code64()),
-        (layout.KERNEL_DS, data()),
-        (layout.USER_CS32, code32(dpl=3)),
-        (layout.USER_DS, data(dpl=3)),
-        (layout.USER_CS, code64(dpl=3)),
-    ):
-        gdt.place(selector, segment)
+    gdt = done.gdt = _flat_gdt(tables + layout.GDT, long)
+    from .tables import Tss32, Tss64
+
     if long:
         done.tss = Tss64(rsp0=tables + layout.RSP0_TOP, ist1=tables + layout.IST1_TOP)
     else:
@@ -211,6 +226,8 @@ def _long64(
             f"map_size {map_size:#x}: without 1 GiB pages the tables have room for 4 GiB; build "
             "your own with PageTables and set cr3"
         )
+    from .paging import PageTables
+
     pages = PageTables(memory, tables + layout.PAGE_TABLES, tables + layout.PAGE_TABLES_END)
     if not gigapages:
         pages.page_sizes = pages.page_sizes[:2]

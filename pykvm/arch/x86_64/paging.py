@@ -41,6 +41,22 @@ _REGISTERS = {
 }
 
 
+_made: dict[tuple[int, int, int, int], bytes] = {}
+_MADE_LIMIT = 64
+
+
+def _entries(start: int, count: int, step: int, entry_size: int) -> bytes:
+    """``count`` entries, ``step`` apart, as they lie in memory; kept, as machines are alike."""
+    key = start, count, step, entry_size
+    raw = _made.get(key)
+    if raw is None:
+        entries = range(start, start + count * step, step)
+        raw = pack(f"<{count}{'Q' if entry_size == 8 else 'I'}", *entries)
+        if len(_made) < _MADE_LIMIT:
+            _made[key] = raw
+    return raw
+
+
 class PageTables:
     """Page tables that live in guest memory and grow as ranges are mapped.
 
@@ -180,10 +196,8 @@ class PageTables:
             self._refuse(old, entry_size, gva, size, name)
         if size != PAGE:
             flags |= PS
-        start = gpa | flags  # includes NX, so the numbers have all of their 64 bits
-        entries = range(start, start + count * size, size)
-        raw = pack(f"<{count}{'Q' if entry_size == 8 else 'I'}", *entries)
-        self._memory[first:last] = raw
+        # The flags include NX, so the numbers have all of their 64 bits.
+        self._memory[first:last] = _entries(gpa | flags, count, size, entry_size)
         return count * size
 
     def _step(self, table: int, name: str, index: int, gva: int) -> int:

@@ -77,6 +77,12 @@ class Gdt(_Table):
         super().__init__(base, long)
         self._raw = bytearray(8)
 
+    def copy(self, base: int) -> Self:
+        """The same descriptors at another base, to be changed on their own."""
+        new = type(self)(base, self.long)
+        new._raw[:] = self._raw
+        return new
+
     def add(self, segment: Segment) -> int:
         """Append a descriptor; sets ``segment.selector`` (RPL = DPL) and returns the selector."""
         return self.place(len(self._raw), segment)

@@ -1,0 +1,144 @@
+"""Debian's kernels, unmodified, to user space and to each of their ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+import pykvm
+from pykvm import result as reasons
+from pykvm.console import ExpectError
+from tests.support import linux_guest
+
+BOOT_SECONDS = 240.0
+"""Generous: KVM itself may be emulated here."""
+
+pytestmark = pytest.mark.watchdog(600)
+
+
+@pytest.fixture(scope="session")
+def images() -> dict[str, Path]:
+    found = linux_guest.kernels()
+    if not found:
+        pytest.skip("PYKVM_KERNELS names no folder with Debian kernels (tests/rig sets it)")
+    if not linux_guest.ring0_is_native():
+        pytest.skip("a loop of 100,000 instructions in ring 0 took over 20 ms: it is emulated")
+    return found
+
+
+@pytest.fixture(scope="session")
+def initrd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("boot") / "initrd.gz"
+    path.write_bytes(linux_guest.initrd())
+    return path
+
+
+Start = Callable[..., pykvm.Machine]
+
+
+@pytest.fixture
+def start(images: dict[str, Path], initrd: Path) -> Iterator[Start]:
+    machines: list[pykvm.Machine] = []
+
+    def make(
+        do: str, *, flavour: str = "cloud", cpus: int = 1, memory: str = "256M", **options: object
+    ) -> pykvm.Machine:
+        if flavour not in images:
+            pytest.skip(f"PYKVM_KERNELS has no {flavour} kernel")
+        m = pykvm.Machine(memory, cpus=cpus, irqchip=True, pit=True)
+        machines.append(m)
+        cmdline = f"console=ttyS0 panic=-1 quiet do={do}"
+        m.boot(images[flavour], initrd=initrd, cmdline=cmdline, **options)  # type: ignore[arg-type]
+        return m
+
+    yield make
+    for m in machines:
+        m.close()
+
+
+@pytest.mark.parametrize("flavour", ["cloud", "generic"])
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_it_boots_to_user_space_and_powers_off(start: Start, flavour: str, cpus: int) -> None:
+    m = start("poweroff", flavour=flavour, cpus=cpus)
+    result = m.run(timeout=BOOT_SECONDS)
+    text = m.console.transcript.decode()
+    assert result.reason == reasons.POWER_OFF, f"{result}\n{text[-2000:]}"
+    assert "MARKER up 6." in text
+    assert text.count("processor\t") == cpus
+    for phase in ("first_instruction", "first_byte"):
+        assert result.timings[phase] > 0
+
+
+@pytest.mark.parametrize("protocol", ["bzimage", "vmlinux", "pvh"])
+def test_every_protocol_gets_there(start: Start, protocol: str) -> None:
+    m = start("poweroff", protocol=protocol)
+    assert m.pc is not None and m.pc.plan is not None and m.pc.plan.protocol == protocol
+    result = m.run(timeout=BOOT_SECONDS)
+    assert result.reason == reasons.POWER_OFF, m.console.lines(30)
+    assert b"MARKER up" in m.console.transcript
+
+
+@pytest.mark.parametrize(("do", "reason"), [("reboot", reasons.REBOOT), ("panic", reasons.PANIC)])
+def test_ends_are_told_apart(start: Start, do: str, reason: str) -> None:
+    m = start(do)
+    result = m.run(timeout=BOOT_SECONDS)
+    assert result.reason == reason, m.console.lines(30)
+    assert not result.ok
+    with pytest.raises(pykvm.RunError):
+        result.check()
+
+
+def test_what_is_typed_comes_back(start: Start) -> None:
+    import threading
+
+    m = start("echo")
+    results: list[pykvm.RunResult] = []
+    thread = threading.Thread(target=lambda: results.append(m.run(timeout=BOOT_SECONDS)))
+    thread.start()
+    try:
+        m.console.expect(b"type something", BOOT_SECONDS)
+        m.console.write(b"hello from outside\n")
+        m.console.expect(b"typed: <hello from outside>", BOOT_SECONDS)
+        with pytest.raises(ExpectError, match="never printed"):
+            m.console.expect(b"never printed", BOOT_SECONDS)
+    finally:
+        m.stop()
+        thread.join()
+
+
+def test_a_hang_is_told_with_the_place(start: Start) -> None:
+    m = start("hang", cpus=2)
+    import threading
+
+    watcher = threading.Thread(
+        target=lambda: (m.console.expect(b"MARKER", BOOT_SECONDS), m.stop()), daemon=True
+    )
+    watcher.start()
+    assert m.run(timeout=BOOT_SECONDS).reason == reasons.STOPPED
+    watcher.join()
+    result = m.run(timeout=1)
+    assert result.reason == reasons.TIMEOUT
+    assert len(result.cpus) == 2
+
+
+@pytest.mark.parametrize(("do", "code"), [("poweroff", 0), ("reboot", 9), ("panic", 10)])
+def test_the_command_says_it_by_its_exit_code(
+    images: dict[str, Path], initrd: Path, do: str, code: int
+) -> None:
+    command = [
+        sys.executable, "-m", "pykvm", "boot", str(images["cloud"]), "--initrd", str(initrd),
+        "--append", f"console=ttyS0 panic=-1 quiet do={do}", "--memory", "256M",
+        "--timeout", str(BOOT_SECONDS), "--json",
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=BOOT_SECONDS * 2
+    )
+    assert done.returncode == code, done.stderr.decode()
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == code
+    assert "MARKER up" in told["console"]

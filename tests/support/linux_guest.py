@@ -1,0 +1,70 @@
+"""A stock kernel and a busybox to boot: what the tests of booting run, and where it comes from."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+INIT = r"""#!/bin/busybox sh
+busybox mount -t proc proc /proc
+busybox mount -t devtmpfs dev /dev
+exec </dev/console >/dev/console 2>&1
+echo "MARKER up $(busybox uname -r)"
+busybox grep -E '^(processor|model name|siblings|cpu cores)' /proc/cpuinfo
+for word in $(busybox cat /proc/cmdline); do
+    case $word in
+    do=echo) echo "type something"; read -r line; echo "typed: <$line>"; busybox poweroff -f ;;
+    do=poweroff) busybox poweroff -f ;;
+    do=reboot) busybox reboot -f ;;
+    do=panic) echo c >/proc/sysrq-trigger ;;
+    do=hang) while :; do :; done ;;
+    esac
+done
+busybox sleep 1000
+"""
+
+
+def kernels() -> dict[str, Path]:
+    """Debian kernels by flavour, "generic" and "cloud", of the folder that ``PYKVM_KERNELS`` names.
+
+    ``tests/rig`` fetches them and sets it.
+    """
+    folder = os.environ.get("PYKVM_KERNELS")
+    found: dict[str, Path] = {}
+    if folder:
+        for image in sorted(Path(folder).rglob("vmlinuz-*")):
+            if image.suffix != ".elf":
+                found["cloud" if "cloud" in image.name else "generic"] = image
+    return found
+
+
+def initrd() -> bytes:
+    """A gzipped cpio of busybox and the script above."""
+    from tests.rig.initramfs import cpio
+
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("no busybox to put into an initrd")
+    entries = [(name, 0o040755, b"") for name in ("bin", "dev", "proc")]
+    entries += [
+        ("bin/busybox", 0o100755, Path(busybox).read_bytes()),
+        ("init", 0o100755, INIT.encode()),
+    ]
+    return gzip.compress(b"".join(cpio(entries)), 1)
+
+
+def ring0_is_native() -> bool:
+    """Whether this KVM executes ring 0 at the processor's speed: a loop of 100,000 tells."""
+    import pykvm
+
+    with pykvm.Machine("2M") as m:
+        m.load(pykvm.asm("mov ecx,100000; l: dec ecx; jnz l; hlt"), at=0x8000)
+        m.cpu.enter("long64", entry=0x8000)
+        began = time.monotonic()
+        m.run(timeout=60)
+        return time.monotonic() - began < 0.02
