@@ -44,6 +44,10 @@ REASONS = (
 )  # fmt: skip
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 0.9995 else f"{seconds * 1000:.3g} ms"
+
+
 class CpuState:
     """Where a vCPU was when the run ended.
 
@@ -153,7 +157,7 @@ class RunResult:
             text += f" {self.exit!r}"
         if len(self.cpus) > 1 or self.reason not in (TIMEOUT, INTERRUPTED, LIMIT):
             text += f" on cpu {self.cpu}" if len(self.cpus) > 1 else ""
-        text += f" after {self.exits} exits, {self.seconds * 1000:.3g} ms"
+        text += f" after {self.exits} exits, {_duration(self.seconds)}"
         return "\n  ".join([text, *map(repr, self.cpus)])
 
     def __repr__(self) -> str:
