@@ -27,7 +27,7 @@ def images() -> dict[str, Path]:
     if not found:
         pytest.skip("PYKVM_KERNELS names no folder with Debian kernels (tests/rig sets it)")
     if not linux_guest.ring0_is_native():
-        pytest.skip("a loop of 100,000 instructions in ring 0 took over 20 ms: it is emulated")
+        pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
     return found
 
 

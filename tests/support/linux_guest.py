@@ -59,12 +59,16 @@ def initrd() -> bytes:
 
 
 def ring0_is_native() -> bool:
-    """Whether this KVM executes ring 0 at the processor's speed: a loop of 100,000 tells."""
+    """Whether this KVM executes ring 0 at the processor's speed: two million instructions tell.
+
+    They take 1.4 s where KVM emulates them, and some milliseconds where even the processor is
+    emulated.
+    """
     import pykvm
 
     with pykvm.Machine("2M") as m:
-        m.load(pykvm.asm("mov ecx,100000; l: dec ecx; jnz l; hlt"), at=0x8000)
+        m.load(pykvm.asm("mov ecx,1000000; l: dec ecx; jnz l; hlt"), at=0x8000)
         m.cpu.enter("long64", entry=0x8000)
         began = time.monotonic()
         m.run(timeout=60)
-        return time.monotonic() - began < 0.02
+        return time.monotonic() - began < 0.4
