@@ -25,15 +25,6 @@ _HERE = Path(__file__).parent
 _NEED_KVM = (_HERE / "kvm", _HERE / "guests")
 _STDERR = pytest.StashKey[TextIO]()
 
-try:
-    from hypothesis import settings
-except ImportError:  # the rig runs without it if need be
-    pass
-else:
-    # Emulated rings and a nested rig: wall time says nothing about the code under test.
-    settings.register_profile("pykvm", deadline=None)
-    settings.load_profile("pykvm")
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("pykvm")

@@ -20,6 +20,9 @@ TIMED_OUT, RIG_FAILED = 124, 125
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
+#: What pytest is given if no path is: the unit tests would only take long inside.
+KVM_TESTS = ("tests/kvm", "tests/guests")
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -81,10 +84,12 @@ def full_command(words: Sequence[str]) -> list[str]:
     words = list(words[1:] if words[:1] == ["--"] else words) or ["pytest"]
     if words[0] != "pytest":
         return words
+    paths = (CHECKOUT / word.partition("::")[0] for word in words[1:] if not word.startswith("-"))
     return [
         *(sys.executable, "-m", "pytest", "--require-kvm", "--durations=5"),
         "--junitxml=/run/rig/results/junit.xml",
-        *(words[1:] or ["tests/kvm", "tests/guests"]),
+        *words[1:],
+        *(() if any(path.exists() for path in paths) else KVM_TESTS),
     ]
 
 

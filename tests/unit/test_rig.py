@@ -166,11 +166,12 @@ def test_the_command_starts_in_its_folder_with_its_environment(tmp_path: Path) -
 
 
 def test_without_a_command_the_kvm_tests_run_and_demand_kvm() -> None:
-    for words in ([], ["pytest"], ["--", "pytest"]):
+    for words in ([], ["pytest"], ["--", "pytest"], ["pytest", "-k", "smp"]):
         command = rig.full_command(words)
         assert command[1:3] == ["-m", "pytest"] and "--require-kvm" in command
         assert command[-2:] == ["tests/kvm", "tests/guests"]
-    assert rig.full_command(["pytest", "-k", "x"])[-2:] == ["-k", "x"]
+    for path in ("tests/unit/test_rig.py", "tests/unit/test_rig.py::test_x"):
+        assert rig.full_command(["pytest", "-x", path])[-2:] == ["-x", path]
     assert rig.full_command(["--", "echo", "--", "x"]) == ["echo", "--", "x"]
 
 
