@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -94,8 +95,6 @@ def test_ends_are_told_apart(start: Start, do: str, reason: str) -> None:
 
 
 def test_what_is_typed_comes_back(start: Start) -> None:
-    import threading
-
     m = start("echo")
     results: list[pykvm.RunResult] = []
     thread = threading.Thread(target=lambda: results.append(m.run(timeout=BOOT_SECONDS)))
@@ -113,11 +112,12 @@ def test_what_is_typed_comes_back(start: Start) -> None:
 
 def test_a_hang_is_told_with_the_place(start: Start) -> None:
     m = start("hang", cpus=2)
-    import threading
 
-    watcher = threading.Thread(
-        target=lambda: (m.console.expect(b"MARKER", BOOT_SECONDS), m.stop()), daemon=True
-    )
+    def watch() -> None:
+        m.console.expect(b"MARKER", BOOT_SECONDS)
+        m.stop()
+
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     assert m.run(timeout=BOOT_SECONDS).reason == reasons.STOPPED
     watcher.join()

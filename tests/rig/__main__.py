@@ -107,12 +107,14 @@ def _run(options: argparse.Namespace) -> int:
     with host.locked(cache):
         host.install_programs()
         kernel = host.find_kernel(cache) or host.fetch_kernel(cache)
+        if host.find_kernel(cache, host.CLOUD_FOLDER) is None:
+            host.fetch_kernel(cache, host.CLOUD_METAPACKAGE, host.CLOUD_FOLDER)
         archive = initramfs.build(kernel, options.module, cache)
         run = guest.run_folder(cache)
     _say(f"Linux {kernel.release} and its initramfs are in {cache}")
     if options.setup_only:
         return 0
-    pairs = (text.partition("=")[::2] for text in options.env)
+    pairs = (text.partition("=")[::2] for text in (f"PYKVM_KERNELS={cache}", *options.env))
     try:
         outcome = guest.boot(
             full_command(options.command),

@@ -19,6 +19,9 @@ from pathlib import Path
 #: Debian's metapackage; it depends on the newest kernel of the release.
 KERNEL_METAPACKAGE = "linux-image-amd64"
 
+#: Another flavour, for the tests that boot kernels; the folder in the cache that it gets.
+CLOUD_METAPACKAGE, CLOUD_FOLDER = "linux-image-cloud-amd64", "cloud"
+
 #: program → the Debian package it comes from
 HOST_PROGRAMS = {"qemu-system-x86_64": "qemu-system-x86", "busybox": "busybox-static"}
 
@@ -106,9 +109,9 @@ def install_programs() -> None:
         raise RigError(f"installed, yet still missing: {', '.join(still)}")
 
 
-def find_kernel(cache: Path) -> KernelImage | None:
+def find_kernel(cache: Path, folder: str = "kernel") -> KernelImage | None:
     """The kernel in the cache, or None."""
-    boot, modules = cache / "kernel" / "boot", cache / "kernel" / "lib" / "modules"
+    boot, modules = cache / folder / "boot", cache / folder / "lib" / "modules"
     for vmlinuz in sorted(boot.glob("vmlinuz-*")):
         found = KernelImage(vmlinuz, modules / vmlinuz.name.removeprefix("vmlinuz-"))
         if found.modules.is_dir():
@@ -116,14 +119,16 @@ def find_kernel(cache: Path) -> KernelImage | None:
     return None
 
 
-def fetch_kernel(cache: Path) -> KernelImage:
+def fetch_kernel(
+    cache: Path, metapackage: str = KERNEL_METAPACKAGE, folder: str = "kernel"
+) -> KernelImage:
     """Download Debian's kernel package and unpack it into the cache; nothing is installed."""
     if os.geteuid() == 0:
         _run("apt-get", "update", "-qq")
-    depends = _run("apt-cache", "depends", KERNEL_METAPACKAGE)
+    depends = _run("apt-cache", "depends", metapackage)
     names = [line.split()[-1] for line in depends.splitlines() if "Depends: linux-image" in line]
     if not names:
-        raise RigError(f"apt knows no {KERNEL_METAPACKAGE}: run apt-get update, on Debian")
+        raise RigError(f"apt knows no {metapackage}: run apt-get update, on Debian")
     with tempfile.TemporaryDirectory(dir=cache, prefix="fetch-") as scratch:
         _run(
             "apt-get",
@@ -136,9 +141,9 @@ def fetch_kernel(cache: Path) -> KernelImage:
         )
         (package,) = Path(scratch).glob("*.deb")
         _run("dpkg", "-x", str(package), f"{scratch}/unpacked")
-        shutil.rmtree(cache / "kernel", ignore_errors=True)
-        os.rename(f"{scratch}/unpacked", cache / "kernel")  # whole or not at all
-    kernel = find_kernel(cache)
+        shutil.rmtree(cache / folder, ignore_errors=True)
+        os.rename(f"{scratch}/unpacked", cache / folder)  # whole or not at all
+    kernel = find_kernel(cache, folder)
     if kernel is None:
         raise RigError(f"{names[0]} holds no kernel with its modules")
     return kernel

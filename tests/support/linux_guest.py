@@ -37,8 +37,8 @@ def kernels() -> dict[str, Path]:
     folder = os.environ.get("PYKVM_KERNELS")
     found: dict[str, Path] = {}
     if folder:
-        for image in sorted(Path(folder).rglob("vmlinuz-*")):
-            if image.suffix != ".elf":
+        for pattern in ("vmlinuz-*", "*/boot/vmlinuz-*"):
+            for image in sorted(Path(folder).glob(pattern)):
                 found["cloud" if "cloud" in image.name else "generic"] = image
     return found
 

@@ -226,6 +226,8 @@ def test_a_stop_port_reads_what_it_was_given() -> None:
     assert ports.inp(0xF4, 4) == 0x1234
     ports.out(0xF4, 9)
     assert ports.end is not None and (ports.end.reason, ports.end.code) == ("stopped", 9)
+
+
 # ---- doorbells -----------------------------------------------------------------------------------
 
 
