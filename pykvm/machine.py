@@ -8,12 +8,13 @@ from _thread import RLock
 
 from pykvm import result as reasons
 from pykvm._abi import lib
-from pykvm._typing import overload
 from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
 from pykvm.errors import BusyError, ClosedError
+from pykvm.hooks import Hooks
+from pykvm.host import cpuid_of_one, has_gigapages, host_of, ram
 from pykvm.kvm import Kvm
-from pykvm.memory import GuestMemory, parse_size
+from pykvm.memory import GuestMemory
 from pykvm.result import RunResult
 from pykvm.vcpu_thread import NEVER, End, Runner
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from pykvm.boot import BootPlan
     from pykvm.console import Console
     from pykvm.devices.bus import Claim, Slot
+    from pykvm.host import Host
     from pykvm.kvm import Vm
     from pykvm.pc import Pc
 
@@ -37,23 +39,7 @@ TSS_ADDR = 0xFFFBD000
 """Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
 
-class _Host:
-    """What never changes about a KVM, asked once."""
-
-    __slots__ = ("cpuid", "sync_regs")
-
-    def __init__(self, kvm: Kvm) -> None:
-        entries = kvm.get_supported_cpuid()
-        # The entries, as KVM_SET_CPUID2 takes them for the first vCPU, and one fact out of them.
-        self.cpuid = entries, _alone(entries), _has_gigapages(entries)
-        self.sync_regs = bool(kvm.check_extension("KVM_CAP_SYNC_REGS"))
-
-
-_hosts: dict[str, _Host] = {}
-"""By device path."""
-
-
-class Machine:
+class Machine(Hooks):
     """A virtual machine for tiny guests.
 
     ::
@@ -121,7 +107,7 @@ class Machine:
         try:
             self.vm: Vm = self.kvm.create_vm()
             try:
-                self.memory = memory if isinstance(memory, GuestMemory) else _ram(memory)
+                self.memory = memory if isinstance(memory, GuestMemory) else ram(memory)
                 self._populate(cpus, irqchip, pit, cpuid)
             except BaseException:
                 self.close()
@@ -138,7 +124,7 @@ class Machine:
             self.vm.create_pit2()
         if irqchip:
             self._prepare_for_intel()
-        host = self._host()
+        host = host_of(self.kvm)
         entries, for_first, gigapages = self._cpuid(cpuid, host)
         features = self._wanted_features()
         made = []
@@ -180,16 +166,10 @@ class Machine:
 
         return parse_features(self._features)
 
-    def _host(self) -> _Host:
-        host = _hosts.get(self.kvm.path)
-        if host is None:
-            host = _hosts[self.kvm.path] = _Host(self.kvm)
-        return host
-
-    def _cpuid(self, cpuid: str | list[Any] | None, host: _Host) -> tuple[list[Any], Any, bool]:
+    def _cpuid(self, cpuid: str | list[Any] | None, host: Host) -> tuple[list[Any], Any, bool]:
         if not isinstance(cpuid, str):
             entries = cpuid or []
-            return entries, _alone(entries), _has_gigapages(entries)
+            return entries, cpuid_of_one(entries), has_gigapages(entries)
         if cpuid != "host":
             raise ValueError(f'cpuid is "host", a list of entries or None, not {cpuid!r}')
         return host.cpuid
@@ -300,122 +280,6 @@ class Machine:
         if self.pc is None:
             raise ValueError("there is a console after boot()")
         return self.pc.console
-
-    # ---- handlers ------------------------------------------------------------------------------
-
-    @overload
-    def on_pio(self, port: int, handler: Function, *, count: int = 1) -> Function: ...
-    @overload
-    def on_pio(
-        self, port: int, handler: None = None, *, count: int = 1
-    ) -> Callable[[Function], Function]: ...
-    def on_pio(self, port: int, handler: Any = None, *, count: int = 1) -> Any:
-        """Serve ``count`` I/O ports from ``port`` by a Python handler; also a decorator.
-
-        The handler gets a ``PioAccess`` (``.port .size .is_write .value``). What it returns
-        answers an IN; None answers all ones. What it raises ends the run and comes through.
-
-        Raises:
-            BusOverlapError: the port is claimed already.
-        """
-        return self._hook_range(self.pio, port, handler, count)
-
-    @overload
-    def on_mmio(self, gpa: int, length: int, handler: Function) -> Function: ...
-    @overload
-    def on_mmio(
-        self, gpa: int, length: int, handler: None = None
-    ) -> Callable[[Function], Function]: ...
-    def on_mmio(self, gpa: int, length: int, handler: Any = None) -> Any:
-        """Serve ``length`` bytes of guest-physical memory by a Python handler; also a decorator.
-
-        The range must not be RAM: KVM serves RAM itself. Else as :meth:`on_pio`, with a
-        ``MmioAccess`` (``.gpa .size .is_write .value``); writes to a read-only region come too.
-        """
-        return self._hook_range(self.mmio, gpa, handler, length)
-
-    def _hook_range(self, bus: Bus, first: int, handler: Any, length: int) -> Any:
-        if handler is not None:
-            bus.handle(first, handler, length)
-            return handler
-
-        def decorate(function: Function) -> Function:
-            bus.handle(first, function, length)
-            return function
-
-        return decorate
-
-    def on_hlt(self, handler: Function) -> Function:
-        """Call ``handler(exit)`` on every HLT exit; the guest goes on unless it returns False."""
-        return self._hook(lib.KVM_EXIT_HLT, handler)
-
-    def on_shutdown(self, handler: Function) -> Function:
-        """Call ``handler(exit)`` on a triple fault.
-
-        The guest goes on if the handler set registers (``m.cpu.enter(…)``) and did not return
-        False.
-        """
-        return self._hook(lib.KVM_EXIT_SHUTDOWN, handler)
-
-    @overload
-    def on_exit(self, reason: int, handler: Function) -> Function: ...
-    @overload
-    def on_exit(self, reason: int, handler: None = None) -> Callable[[Function], Function]: ...
-    def on_exit(self, reason: int, handler: Any = None) -> Any:
-        """Call ``handler(exit)`` on any other exit, ``pykvm.kvm.KVM_EXIT_*``; also a decorator.
-
-        The exit is typed (``pykvm.kvm.exits``). The guest goes on unless the handler returns
-        False. Ports and MMIO go through the buses instead.
-        """
-        if reason in (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO):
-            raise ValueError("ports and MMIO are served by on_pio() and on_mmio()")
-        if handler is not None:
-            return self._hook(reason, handler)
-        return lambda function: self._hook(reason, function)
-
-    def _hook(self, reason: int, handler: Function) -> Function:
-        if not callable(handler):
-            raise TypeError(f"a handler must be callable, not {type(handler).__name__}")
-        self._hooks[reason] = handler
-        return handler
-
-    @overload
-    def on_msr(self, index: int | str, handler: Function) -> Function: ...
-    @overload
-    def on_msr(self, index: int | str, handler: None = None) -> Callable[[Function], Function]: ...
-    def on_msr(self, index: int | str, handler: Any = None) -> Any:
-        """Serve RDMSR and WRMSR of one MSR by a Python handler; also a decorator.
-
-        The handler gets an exit with ``.index``, ``.is_write`` and ``.data``. For RDMSR it returns
-        the value (None gives #GP(0)); for WRMSR nothing. False gives #GP(0) for either. KVM takes
-        16 such MSRs; those of the x2APIC never exit.
-
-        Raises:
-            CapabilityError: KVM_CAP_X86_USER_SPACE_MSR or KVM_CAP_X86_MSR_FILTER is missing.
-        """
-        from pykvm.arch.x86_64.msrs import number
-
-        if handler is None:
-
-            def decorate(function: Function) -> Function:
-                return self.on_msr(index, function)
-
-            return decorate
-        from pykvm.kvm import MsrRange
-
-        wanted: dict[int, Callable[[Any], object]] = {**self._msrs, number(index): handler}
-        self.vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", lib.KVM_MSR_EXIT_REASON_FILTER)
-        both = lib.KVM_MSR_FILTER_READ | lib.KVM_MSR_FILTER_WRITE
-        self.vm.x86_set_msr_filter([MsrRange(both, msr, 1) for msr in wanted])
-        self._msrs.update(wanted)
-        return handler
-
-    def debug_exit(self, port: int = 0xF4) -> Claim:
-        """Let the guest end the run with an exit code: a write to ``port``.
-
-        The run ends with reason "debug-exit" and the written value as ``result.code``.
-        """
-        return self.pio.stop(port, 4 if port <= 0xFFFC else 1, tag=reasons.DEBUG_EXIT)
 
     def _doorbell(self, claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
         """Ask KVM to ring an eventfd itself; False where it cannot."""
@@ -616,26 +480,3 @@ class Machine:
 
 
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
-
-
-def _alone(entries: list[Any]) -> Any:
-    from pykvm.cpu_model import prepare
-
-    return prepare(entries, 0, 1, irqchip=False, features={})
-
-
-def _ram(size: int | str) -> GuestMemory:
-    """RAM from address 0, around the hole that a PC has below 4 GiB."""
-    if (size if isinstance(size, int) else parse_size(size)) <= 3 << 30:
-        return GuestMemory(size)
-    from pykvm.boot.layout import ram_ranges
-
-    memory = GuestMemory()
-    for gpa, length in ram_ranges(parse_size(size)):
-        memory.add(gpa, length)
-    return memory
-
-
-def _has_gigapages(entries: list[Any]) -> bool:
-    """CPUID 0x80000001 EDX bit 26, pdpe1gb: pages of 1 GiB."""
-    return any(e.function == 0x80000001 and e.edx >> 26 & 1 for e in entries)

@@ -1,0 +1,59 @@
+"""What never changes about a KVM, asked once; and the RAM that a machine gets by default."""
+
+from __future__ import annotations
+
+from pykvm.memory import GuestMemory, parse_size
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.kvm import Kvm
+
+
+class Host:
+    """What never changes about a KVM, asked once."""
+
+    __slots__ = ("cpuid", "sync_regs")
+
+    def __init__(self, kvm: Kvm) -> None:
+        entries = kvm.get_supported_cpuid()
+        # The entries, as KVM_SET_CPUID2 takes them for the first vCPU, and one fact out of them.
+        self.cpuid = entries, cpuid_of_one(entries), has_gigapages(entries)
+        self.sync_regs = bool(kvm.check_extension("KVM_CAP_SYNC_REGS"))
+
+
+_hosts: dict[str, Host] = {}
+"""By device path."""
+
+
+def host_of(kvm: Kvm) -> Host:
+    """The facts about the KVM behind a device file."""
+    host = _hosts.get(kvm.path)
+    if host is None:
+        host = _hosts[kvm.path] = Host(kvm)
+    return host
+
+
+def cpuid_of_one(entries: list[Any]) -> Any:
+    """The ``struct kvm_cpuid2 *`` of a machine with one vCPU and no interrupt controller."""
+    from pykvm.cpu_model import prepare
+
+    return prepare(entries, 0, 1, irqchip=False, features={})
+
+
+def ram(size: int | str) -> GuestMemory:
+    """RAM from address 0, around the hole that a PC has below 4 GiB."""
+    if (size if isinstance(size, int) else parse_size(size)) <= 3 << 30:
+        return GuestMemory(size)
+    from pykvm.boot.layout import ram_ranges
+
+    memory = GuestMemory()
+    for gpa, length in ram_ranges(parse_size(size)):
+        memory.add(gpa, length)
+    return memory
+
+
+def has_gigapages(entries: list[Any]) -> bool:
+    """CPUID 0x80000001 EDX bit 26, pdpe1gb: pages of 1 GiB."""
+    return any(e.function == 0x80000001 and e.edx >> 26 & 1 for e in entries)
