@@ -1,8 +1,8 @@
 """Does a CPU-bound Python thread slow down exits that C actions serve?
 
 There are two references: the same machine without that thread; and the same beside a process that
-computes, which shares no interpreter, only the processor. Where two CPUs share a core, whatever runs
-on the other one slows the guest, and only the second says what the interpreter costs.
+computes, which shares no interpreter, only the processor. Where two CPUs share a core, whatever
+runs on the other one slows the guest, and only the second says what the interpreter costs.
 
 A run touches Python, and with it waits for the interpreter's switch interval (5 ms), when it begins
 and ends and at each heartbeat in between (500 ms); so this takes runs of a length at which a thread
