@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -32,6 +34,26 @@ def start(m: pykvm.Machine, text: str, mode: str = "long64", **options: int) -> 
 
 def run(m: pykvm.Machine) -> pykvm.RunResult:
     return m.run(timeout=GENEROUS)
+
+
+@contextmanager
+def ctrl_c_once_it_runs(m: pykvm.Machine) -> Iterator[None]:
+    """Send SIGINT to this thread when the first vCPU is in the guest, and not before."""
+    main, c = threading.get_ident(), m.cpu._runner.c
+    before = c.entries
+
+    def send() -> None:
+        while not (c.tid and c.entries > before + 1) and time.monotonic() < began + GENEROUS:
+            os.sched_yield()
+            if c.tid and c.entries > before and time.monotonic() > began + 0.05:
+                break  # a guest that makes no exits is entered once
+        signal.pthread_kill(main, signal.SIGINT)
+
+    began = time.monotonic()
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 # ---- handlers ----------------------------------------------------------------------------------
@@ -272,11 +294,8 @@ def test_ctrl_c_ends_the_run(m: pykvm.Machine, text: str) -> None:
     start(m, text)
     m.pio.ignore(0x10)
     m.on_pio(0x11, lambda exit: None)
-    main = threading.get_ident()
-    timer = threading.Timer(0.05, signal.pthread_kill, (main, signal.SIGINT))
-    timer.start()
-    result = run(m)
-    timer.join()
+    with ctrl_c_once_it_runs(m):
+        result = run(m)
     assert result.reason == reasons.INTERRUPTED
     assert len(result.cpus) == 1
     with pytest.raises(KeyboardInterrupt):
@@ -438,15 +457,13 @@ def test_an_instruction_cut_short_by_a_refused_state_is_gone_when_entered_anew(
 
 def test_ctrl_c_in_a_storm_of_exits_loses_none(m: pykvm.Machine) -> None:
     start(m, "l: inc ecx; mov eax,ecx; out 0x10,eax; jmp l")
-    seen: list[int] = []
-    m.on_pio(0x10, lambda exit: seen.append(exit.value))
-    main = threading.get_ident()
+    kept: list[PioAccess] = []
+    # A function written in C: Ctrl-C cannot come between its call and its work.
+    m.on_pio(0x10, kept.append)
     for _ in range(20):
-        timer = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))
-        timer.start()
-        assert run(m).reason == reasons.INTERRUPTED
-        timer.join()
-    assert seen == list(range(1, len(seen) + 1))
+        with ctrl_c_once_it_runs(m):
+            assert run(m).reason == reasons.INTERRUPTED
+    assert [access.value for access in kept] == list(range(1, len(kept) + 1))
 
 
 def test_output_that_nobody_reads_does_not_hide_how_the_run_ended(m: pykvm.Machine) -> None:
