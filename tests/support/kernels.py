@@ -32,8 +32,7 @@ def elf(
     """An executable. Segments are (p_paddr, bytes, p_memsz); ``front`` follows the headers."""
     count = len(segments) + bool(notes)
     at = struct.calcsize(_EHDR[bits]) + count * struct.calcsize(_PHDR[bits])
-    body = front
-    table = b""
+    body, table = bytearray(front), bytearray()  # bytes would be copied at every segment
     pieces = [(1, gpa, data, size) for gpa, data, size in segments]
     if notes:
         pieces.append((4, 0, notes, len(notes)))
