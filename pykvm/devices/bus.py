@@ -428,7 +428,7 @@ class Bus:
     def attach(self, vcpu: Any) -> None:
         """Let a ``struct pykvm_vcpu`` use this bus from now on."""
         self._vcpus.append(vcpu)
-        if self._table is None and self._claims:  # without a table nothing is claimed
+        if self._table is None and self._all():  # without a table nothing is claimed
             self._table = self._build()
         if self._table is not None:
             setattr(vcpu, self.name, self._table[0])

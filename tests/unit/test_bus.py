@@ -162,6 +162,15 @@ def test_unclaimed_accesses_end_the_run_until_told_otherwise() -> None:
     assert rest.hits == 3
 
 
+def test_what_was_said_of_unclaimed_accesses_holds_for_vcpus_that_come_later() -> None:
+    bus = Bus("pio", [])
+    rest = bus.unclaimed("ignore")
+    fake = FakeRun(pio(0x10, b"x"), HLT)
+    bus.attach(fake.c)
+    assert fake.runner.run((1 << 63) - 1, None).reason == "halted"
+    assert rest is not None and rest.hits == 1
+
+
 def test_unclaimed_accesses_are_written_down_if_asked() -> None:
     ports = Ports()
     ports.mmio.unclaimed("ignore")
