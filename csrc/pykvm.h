@@ -276,6 +276,25 @@ struct pykvm_fake {
 
 int pykvm_fake_enter(struct pykvm_vcpu *vcpu);
 
+/* ---- disks: what Python's os module has not (disk.c) ---------------------------------------- */
+
+/* What a block device says of itself, in bytes; see queue-sysfs in the kernel's documentation. */
+struct pykvm_block_limits {
+    uint64_t size;
+    uint32_t logical;   /* the least that is read or written */
+    uint32_t physical;  /* the least that is written without reading first */
+    uint32_t min_io;    /* preferred least size, or 0 */
+    uint32_t opt_io;    /* preferred size, or 0 */
+    uint32_t alignment; /* where the first physical block begins */
+};
+int pykvm_block_limits(int fd, struct pykvm_block_limits *limits);
+/* Forget a range of a block device; what is read there afterwards may be anything. */
+int pykvm_block_discard(int fd, int64_t offset, int64_t length);
+/* Give a range of a file or block device back to the host; it reads as zeros. */
+int pykvm_file_punch(int fd, int64_t offset, int64_t length);
+/* Make a range zeros and keep its space. */
+int pykvm_file_zero(int fd, int64_t offset, int64_t length);
+
 /* cdef: end */
 
 /* Inside C only. */

@@ -9,6 +9,7 @@
     ├ BusOverlapError(ValueError)   two handlers claim the same port or address
     ├ AsmError(ValueError)          the assembler refused a line, or there is no assembler
     ├ BootError(ValueError)         an image cannot be loaded: which field, expected and found
+    ├ DiskError                     a disk cannot be had: who holds it, or what has to be installed
     ├ VcpuExitError                 FAIL_ENTRY, INTERNAL_ERROR, SHUTDOWN: .exit and the explanation
     ├ RunError                      a run ended early (time-out, limit, unclaimed exit): .result
     ├ BusyError(RuntimeError)       the vCPU is running in another thread
@@ -92,6 +93,10 @@ class AsmError(PykvmError, ValueError):
 
 class BootError(PykvmError, ValueError):
     """An image cannot be loaded: the message names the field, what was expected and found."""
+
+
+class DiskError(PykvmError):
+    """A disk cannot be opened as asked: the message says who holds it, or what to install."""
 
 
 class VcpuExitError(PykvmError):

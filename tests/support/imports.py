@@ -36,6 +36,7 @@ ABI_USERS = {
     "memory": "mappings",
     "devices.bus": "fills the table of ranges that C looks addresses up in",
     "devices.ring": "drains the rings that C fills",
+    "devices.disk.host": "fallocate and a block device's ioctls",
     "devices.serial": "the registers of a UART, which C serves",
     "vcpu_thread": "drives the run loop in C",
     "cpu": "registers in the run page, by KVM_CAP_SYNC_REGS",

@@ -1,0 +1,1 @@
+"""Disks: images on the host, as devices see them."""
