@@ -82,6 +82,24 @@ uint64_t pykvm_clock_read(const struct pykvm_clock *clock)
     return clock->base + (uint64_t)(ns * clock->hz / 1000000000);
 }
 
+void pykvm_latch_set(struct pykvm_latch *latch, uint32_t bits)
+{
+    __atomic_fetch_or(&latch->bits, bits, __ATOMIC_SEQ_CST);
+}
+
+static void latch_access(struct pykvm_latch *latch, struct pykvm_access *access)
+{
+    uint32_t bits = 0;
+    if (access->is_write) {
+        if (access->offset == sizeof bits && access->size == sizeof bits)
+            __atomic_fetch_and(&latch->bits, ~(uint32_t)access->value, __ATOMIC_SEQ_CST);
+        return;
+    }
+    if (access->offset == 0 && access->size == sizeof bits)
+        bits = __atomic_load_n(&latch->bits, __ATOMIC_SEQ_CST);
+    put(access, bits);
+}
+
 static int64_t ask_python(struct pykvm_access *access, int64_t result)
 {
     access->pending = PYKVM_UNANSWERED;
@@ -129,6 +147,9 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
     case PYKVM_CLOCK:
         if (!access->is_write)
             put(access, pykvm_clock_read(range->device) >> (8 * access->offset & 63));
+        return PYKVM_SERVED;
+    case PYKVM_LATCH:
+        latch_access(range->device, access);
         return PYKVM_SERVED;
     case PYKVM_STOP:
         return ask_python(access, PYKVM_STOPPED);

@@ -34,6 +34,7 @@ enum pykvm_action {
     PYKVM_STOP,     /* return to Python: PYKVM_STOPPED */
     PYKVM_UART,     /* registers of the struct pykvm_uart `device` */
     PYKVM_CLOCK,    /* reads answer the time of the struct pykvm_clock `device`; writes vanish */
+    PYKVM_LATCH,    /* registers of the struct pykvm_latch `device` */
 };
 
 /* One access as LOG writes it down; 32 bytes. */
@@ -117,6 +118,122 @@ struct pykvm_clock {
 };
 
 uint64_t pykvm_clock_read(const struct pykvm_clock *clock);
+
+/*
+ * Bits that are set by the device and taken back by the guest: a 32-bit register that reads them,
+ * and behind it one that clears those written as ones.  Other widths and offsets read zero.
+ */
+struct pykvm_latch {
+    uint32_t bits;
+};
+
+/* Set bits, from any thread. */
+void pykvm_latch_set(struct pykvm_latch *latch, uint32_t bits);
+
+/* ---- guest memory, as C sees it -------------------------------------------------------------- */
+
+struct pykvm_ram_region {
+    uint64_t first; /* guest-physical address */
+    uint64_t last;  /* inclusive */
+    uint8_t *host;
+    uint32_t id; /* stays the same from map to map */
+    uint32_t readonly;
+};
+
+/* Sorted by `first`, without overlap.  Never changes: a new one takes its place. */
+struct pykvm_ram_map {
+    uint32_t count;
+    struct pykvm_ram_region *regions;
+};
+
+/* Old maps stay valid, and so do their regions: RAM is never taken away while devices run. */
+struct pykvm_ram {
+    struct pykvm_ram_map *map;
+};
+
+/* ---- a split virtqueue (virtio 1.2, 2.7), from the device's side ------------------------------ */
+
+/* What a driver did that it must not. */
+enum pykvm_breach {
+    PYKVM_BREACH_SIZE = -1,      /* the queue's size is no power of two, or above the maximum */
+    PYKVM_BREACH_ALIGN = -2,     /* a part of the ring is not aligned */
+    PYKVM_BREACH_RING = -3,      /* a part of the ring is not in (writable) RAM */
+    PYKVM_BREACH_INDEX = -4,     /* more chains were made available than the ring has entries */
+    PYKVM_BREACH_FLIGHT = -5,    /* ... than it has descriptors, with those not given back yet */
+    PYKVM_BREACH_HEAD = -6,      /* a chain begins outside the descriptor table */
+    PYKVM_BREACH_NEXT = -7,      /* it goes on outside its table */
+    PYKVM_BREACH_LOOP = -8,      /* it has more descriptors than its table */
+    PYKVM_BREACH_BUFFER = -9,    /* a buffer is not in RAM, or not in writable RAM */
+    PYKVM_BREACH_ORDER = -10,    /* a device-readable descriptor follows a device-writable one */
+    PYKVM_BREACH_TOTAL = -11,    /* the chain has more than 2**32 bytes */
+    PYKVM_BREACH_INDIRECT = -12, /* an indirect table where there may be none */
+    PYKVM_BREACH_TABLE = -13,    /* an indirect table of a wrong length, or not in RAM */
+    PYKVM_BREACH_LONG = -14,     /* the chain has more pieces than the device takes */
+};
+
+enum pykvm_vring_part { PYKVM_DESC, PYKVM_DRIVER, PYKVM_DEVICE };
+
+/* A part of the ring.  `host` is NULL where it spans regions; each element lies in one. */
+struct pykvm_vring_part_at {
+    uint64_t gpa;
+    uint8_t *host;
+};
+
+struct pykvm_vring {
+    struct pykvm_ram *ram;
+    struct pykvm_vring_part_at part[3]; /* by enum pykvm_vring_part */
+    uint32_t lock;        /* spin lock over all of it */
+    uint32_t generation;  /* counts resets: what was popped before the last one is stale */
+    uint32_t in_flight;   /* chains popped and not pushed yet */
+    uint16_t size;        /* a power of two */
+    uint16_t next_avail;  /* number of the entry that is popped next */
+    uint16_t avail_seen;  /* the driver's index when it was read last */
+    uint16_t used;        /* our index */
+    uint16_t signalled;   /* our index when an interrupt was considered last */
+    uint8_t signalled_valid;
+    uint8_t enabled;
+    uint8_t event_idx;    /* VIRTIO_F_EVENT_IDX */
+    uint8_t indirect;     /* VIRTIO_F_INDIRECT_DESC */
+    uint8_t quiet;        /* the driver was told not to notify */
+};
+
+/* A stretch of guest memory within one region. */
+struct pykvm_segment {
+    uint64_t offset;
+    uint32_t length; /* never 0 */
+    uint16_t region; /* its id */
+    uint16_t writable;
+};
+
+/* A chain as it was popped.  Python allocates it, with room for `capacity` segments. */
+struct pykvm_chain {
+    struct pykvm_segment *segments;
+    uint32_t capacity;
+    uint32_t count;
+    uint32_t readable; /* so many of them, the first, are device-readable */
+    uint32_t generation;
+    uint32_t head;
+    uint32_t reserved;
+    uint64_t read_bytes;
+    uint64_t write_bytes;
+};
+
+/* Begin to use the ring at the parts' addresses, from both indices 0: 0, or enum pykvm_breach. */
+int pykvm_vring_enable(struct pykvm_vring *ring);
+/* Use it no more.  What is in flight becomes stale. */
+void pykvm_vring_disable(struct pykvm_vring *ring);
+/*
+ * Take the next chain, whole and checked: 1; 0 if there is none, and then the driver will notify of
+ * the next one; or enum pykvm_breach, and nothing was taken.  One thread at a time.
+ */
+int pykvm_vring_pop(struct pykvm_vring *ring, struct pykvm_chain *chain);
+/* Give a chain back, from any thread, in any order: 0, or -ESTALE and nothing was done. */
+int pykvm_vring_push(struct pykvm_vring *ring, uint32_t generation, uint32_t head,
+                     uint32_t written);
+/* Whether the driver wants an interrupt for what was pushed since this was asked last. */
+int pykvm_vring_should_interrupt(struct pykvm_vring *ring);
+/* Whether chains wait; if not, the driver will notify of the next one. */
+int pykvm_vring_waiting(struct pykvm_vring *ring);
 
 /* ---- the bus: sorted ranges ------------------------------------------------------------------ */
 

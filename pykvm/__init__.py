@@ -24,6 +24,7 @@ from pykvm.errors import (
     CapabilityError,
     ClosedError,
     DiskError,
+    GuestError,
     GuestMemoryError,
     KvmError,
     PykvmError,
@@ -53,6 +54,7 @@ __all__ = [
     "Code",
     "Cpu",
     "DiskError",
+    "GuestError",
     "GuestMemory",
     "GuestMemoryError",
     "KvmError",
@@ -66,11 +68,16 @@ __all__ = [
     "asm",
 ]
 
+_MODULES = ("virtio",)
 _LATER = {"Code": "assembler", "asm": "assembler", "Pool": "pool"}
 
 
 def __getattr__(name: str) -> Any:
     """Load what a script may not need when it is first asked for."""
+    if name in _MODULES:
+        from importlib import import_module
+
+        return import_module(f"pykvm.{name}")
     if name in _LATER:
         from importlib import import_module
 

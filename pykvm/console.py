@@ -11,12 +11,14 @@ import select
 import threading
 import time
 
-from pykvm.errors import PykvmError
+from pykvm.devices.transcript import TRANSCRIPT_BYTES, ExpectError, Transcript
+
+__all__ = ["TRANSCRIPT_BYTES", "Console", "ExpectError"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Protocol
+    from typing import Any, Protocol
 
     class Serial(Protocol):
         """What a console needs of the UART below."""
@@ -39,22 +41,6 @@ if TYPE_CHECKING:
 
         def input_fileno(self) -> int:
             """Readable when all input was read."""
-
-
-TRANSCRIPT_BYTES = 1 << 20
-"""How much of the guest's output is kept, by default."""
-
-
-class ExpectError(PykvmError):
-    """The console did not show what was waited for.
-
-    Attributes:
-        tail: the last bytes that it did show.
-    """
-
-    def __init__(self, message: str, tail: bytes) -> None:
-        super().__init__(message)
-        self.tail = tail
 
 
 class Console:
@@ -82,12 +68,9 @@ class Console:
         self._serial = serial
         self._output = output
         self._watch = watch
-        self._keep = keep
-        self._kept = bytearray()
-        self._total = 0  # bytes ever printed; the transcript ends there
-        self._seen = 0  # up to where expect() has matched
+        self._transcript = Transcript(keep)
         self._typed = bytearray()
-        self._change = threading.Condition()
+        self._lock = threading.Lock()
         self._ended = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._thread: threading.Thread | None = None
@@ -95,16 +78,15 @@ class Console:
     @property
     def transcript(self) -> bytes:
         """The last ``keep`` bytes that the guest printed."""
-        with self._change:
-            return bytes(self._kept)
+        return self._transcript.kept
 
     def lines(self, count: int = 10) -> list[str]:
         """The last lines of the transcript, decoded for reading."""
-        return self.transcript.decode("utf-8", "replace").splitlines()[-count:]
+        return self._transcript.lines(count)
 
     def write(self, data: bytes) -> None:
         """Type: bytes the guest will read, as soon as its UART has room; any amount."""
-        with self._change:
+        with self._lock:
             self._typed += data
         os.eventfd_write(self._wake, 1)
 
@@ -112,7 +94,7 @@ class Console:
         """A BREAK on the line: Linux takes the next key as a magic SysRq."""
         self._serial.send_break()
 
-    def expect(self, pattern: bytes, timeout: float | None = None) -> bytes:
+    def expect(self, pattern: Any, timeout: float | None = None) -> bytes:
         """Wait until the guest prints ``pattern``, looking from where the last match ended.
 
         Args:
@@ -125,27 +107,7 @@ class Console:
         Raises:
             ExpectError: the time is over, or the run ended first; with what was there instead.
         """
-        find = pattern.search if hasattr(pattern, "search") else None
-        deadline = None if timeout is None else time.monotonic() + timeout
-        with self._change:
-            while True:
-                start = len(self._kept) - (self._total - self._seen)
-                fresh = bytes(self._kept[max(start, 0) :])
-                if find is not None:
-                    match = find(fresh)
-                    end = match.end() if match else -1
-                else:
-                    at = fresh.find(pattern)
-                    end = at + len(pattern) if at >= 0 else -1
-                if end >= 0:
-                    self._seen = self._total - (len(fresh) - end)
-                    return fresh[:end]
-                left = None if deadline is None else deadline - time.monotonic()
-                if self._ended or (left is not None and left <= 0):
-                    why = "the run ended" if self._ended else f"{timeout} s passed"
-                    tail = fresh[-400:]
-                    raise ExpectError(f"{why} before {pattern!r} came; last: {tail!r}", tail)
-                self._change.wait(left)
+        return self._transcript.expect(pattern, timeout)
 
     # ---- the pump ------------------------------------------------------------------------------
 
@@ -153,6 +115,7 @@ class Console:
         """Pump from now on, in a thread."""
         if self._thread is None:
             self._ended = False
+            self._transcript.end(False)
             self._thread = threading.Thread(target=self._pump, name="console", daemon=True)
             self._thread.start()
 
@@ -164,9 +127,8 @@ class Console:
             os.eventfd_write(self._wake, 1)
             thread.join()
         self._take()
-        with self._change:
-            self._ended = True
-            self._change.notify_all()
+        self._ended = True
+        self._transcript.end()
 
     def close(self) -> None:
         """Stop, and give the eventfd back. Idempotent."""
@@ -193,18 +155,14 @@ class Console:
             return
         if not self.first_byte:
             self.first_byte = time.monotonic()
-        with self._change:
-            self._kept += data
-            self._total += len(data)
-            del self._kept[: max(len(self._kept) - self._keep, 0)]
-            self._change.notify_all()
+        self._transcript.feed(data)
         if self._watch is not None:
             self._watch(data)
         if self._output is not None:
             self._output(data)
 
     def _type(self) -> None:
-        with self._change:
+        with self._lock:
             piece = bytes(self._typed[: self._serial.room])
             del self._typed[: len(piece)]
         if piece:

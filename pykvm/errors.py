@@ -6,6 +6,7 @@
     ├ KvmError(OSError)             an ioctl failed: .ioctl, .errno, and the reason in words
     ├ CapabilityError               a missing KVM_CAP_*, no /dev/kvm, no permission: with the remedy
     ├ GuestMemoryError(ValueError)  an access outside guest RAM: .gpa, .length and the map
+    ├ GuestError                    a guest's driver broke its device's protocol
     ├ BusOverlapError(ValueError)   two handlers claim the same port or address
     ├ AsmError(ValueError)          the assembler refused a line, or there is no assembler
     ├ BootError(ValueError)         an image cannot be loaded: which field, expected and found
@@ -81,6 +82,13 @@ class GuestMemoryError(PykvmError, ValueError):
         super().__init__(message)
         self.gpa = gpa
         self.length = length
+
+
+class GuestError(PykvmError):
+    """The driver in the guest broke the protocol of its device.
+
+    It stays inside: the device asks to be reset, and the guest goes on.
+    """
 
 
 class BusOverlapError(PykvmError, ValueError):

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
     from pykvm.host import Host
     from pykvm.kvm import Vm
     from pykvm.pc import Pc
+    from pykvm.virtio import Attachments, VirtioDevice
 
+    Virtio = TypeVar("Virtio", bound=VirtioDevice)
     Function = TypeVar("Function", bound=Callable[..., Any])
 
 MAX_CPUS = 288
@@ -100,6 +102,7 @@ class Machine(Hooks):
         self._features = features
         self._ending: End | None = None
         self.pc: Pc | None = None
+        self._virtio: Attachments | None = None
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
         self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
@@ -281,6 +284,59 @@ class Machine(Hooks):
             raise ValueError("there is a console after boot()")
         return self.pc.console
 
+    # ---- devices -------------------------------------------------------------------------------
+
+    def virtio(
+        self,
+        device: Virtio,
+        *,
+        io: str = "thread",
+        base: int | None = None,
+        gsi: int | None = None,
+    ) -> Virtio:
+        """Put a virtio device into the machine, and return it. Before :meth:`boot`.
+
+        It has a virtio-mmio window, which a booted kernel finds by ACPI; other guests are told.
+
+        Args:
+            device: ``pykvm.virtio.Rng()`` and its like.
+            io: who serves it when the guest rings its doorbell: ``"thread"``, the I/O thread, while
+                the guest goes on; ``"sync"``, the vCPU's own thread, before the guest's next
+                instruction, so that the same guest always does the same.
+            base: guest-physical address of the window; default one page for each device from
+                0xd0000000 on.
+            gsi: interrupt line, edge-triggered; default 16 for the first device, and on from there.
+                Without ``irqchip`` there are no interrupts.
+
+        Raises:
+            ValueError: RAM or another device is at ``base``, or no line is left.
+        """
+        from pykvm.virtio import Attachments
+
+        if self._closed:
+            raise ClosedError("this machine is closed")
+        if self.pc is not None:
+            raise ValueError("the machine was booted already: give it its devices before boot()")
+        if self._virtio is None:
+            self._virtio = Attachments(self)
+        self._virtio.add(device, io=io, base=base, gsi=gsi, irqchip=self._irqchip)
+        return device
+
+    @property
+    def devices(self) -> dict[str, VirtioDevice]:
+        """The virtio devices by name: "rng", and a second one "rng1"."""
+        return self._virtio.devices if self._virtio is not None else {}
+
+    @property
+    def virtio_windows(self) -> list[tuple[int, int, int]]:
+        """Of each virtio-mmio window with an interrupt: ``(base, size, gsi)``."""
+        return self._virtio.for_acpi if self._virtio is not None else []
+
+    @property
+    def virtio_cmdline(self) -> str:
+        """Kernel parameters that announce the virtio-mmio windows where there is no ACPI."""
+        return self._virtio.cmdline if self._virtio is not None else ""
+
     def _doorbell(self, claim: Claim, size: int, datamatch: int | None, on: bool) -> bool:
         """Ask KVM to ring an eventfd itself; False where it cannot."""
         flags = lib.KVM_IOEVENTFD_FLAG_PIO if claim.bus is self.pio else 0
@@ -336,17 +392,23 @@ class Machine(Hooks):
             deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(timeout * 1e9)
         if self.pc is not None:
             self.pc.run_begins()
+        if self._virtio is not None:
+            self._virtio.run_begins()
         began = time.monotonic()
         try:
             cpu, end = self._run(cpus, deadline, max_exits)
         finally:
             if self.pc is not None:
                 self.pc.run_ended()
+            if self._virtio is not None:
+                self._virtio.run_ended()
         seconds = time.monotonic() - began
         exits = sum(cpu._runner.c.exits for cpu in cpus) - before
         result = RunResult(
             end.reason, exits=exits, seconds=seconds, exit=end.exit, code=end.code, cpu=cpu.index
         )
+        if self._virtio is not None:
+            result.devices = self._virtio.counters()
         if self.pc is not None:
             result.timings = self.pc.timings(began)
             if self.pc.panic and result.reason in (reasons.TIMEOUT, reasons.SHUTDOWN):
@@ -447,6 +509,8 @@ class Machine(Hooks):
         if self._closed:
             return
         self._closed = True
+        if self._virtio is not None:
+            self._virtio.close()
         for cpu in self.cpus:
             cpu.close()
         if self.pc is not None:

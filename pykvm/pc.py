@@ -209,7 +209,9 @@ def boot(
     """
     pc = Pc(machine, output)
     try:
-        acpi = build_acpi(cpus=len(machine.cpus), base=places.ACPI_BASE)
+        acpi = build_acpi(
+            cpus=len(machine.cpus), base=places.ACPI_BASE, virtio=machine.virtio_windows
+        )
         pc.plan = plan = loaders.load(
             machine.memory,
             kernel,

@@ -100,10 +100,13 @@ class RunResult:
         cpus: where every vCPU was, one :class:`CpuState` each, after "timeout" and "interrupted".
         timings: of a booted machine, seconds from ``boot()`` to each phase: "read", "unpack",
             "load", "first_instruction", "first_byte".
+        devices: what every virtio device has counted since it was made, by its name.
         error: the explanation as an exception, for the reasons that are failures, else None.
     """
 
-    __slots__ = ("code", "cpu", "cpus", "error", "exit", "exits", "reason", "seconds", "timings")
+    __slots__ = (
+        "code", "cpu", "cpus", "devices", "error", "exit", "exits", "reason", "seconds", "timings",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -127,6 +130,7 @@ class RunResult:
         self.cpus = cpus
         self.error = error
         self.timings = timings or {}
+        self.devices: dict[str, dict[str, Any]] = {}
 
     @property
     def ok(self) -> bool:

@@ -45,7 +45,8 @@ class Claim:
         on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
         value: what reads answer where the action does not say.
         handler: the Python handler, or None.
-        device: the :class:`Fifo`, :class:`Log`, ``Serial`` or :class:`Clock` behind it, or None.
+        device: the :class:`Fifo`, :class:`Log`, ``Serial``, :class:`Clock` or :class:`Latch` behind
+            it, or None.
         fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
     """
 
@@ -114,6 +115,7 @@ _ACTION_NAMES = {
     lib.PYKVM_STOP: "stop",
     lib.PYKVM_UART: "uart",
     lib.PYKVM_CLOCK: "clock",
+    lib.PYKVM_LATCH: "latch",
 }
 
 
@@ -142,6 +144,32 @@ class Clock:
         """Have it show ``ticks`` now, and run on from there."""
         self.c.base = ticks
         self.c.start = time.monotonic_ns()
+
+
+class Latch:
+    """Bits that a device sets and a guest takes back, as interrupt status registers have them.
+
+    Attributes:
+        c: the ``struct pykvm_latch``.
+    """
+
+    __slots__ = ("c",)
+
+    def __init__(self) -> None:
+        self.c = ffi.new("struct pykvm_latch *")
+
+    @property
+    def bits(self) -> int:
+        """The bits that are set."""
+        return int(self.c.bits)
+
+    @bits.setter
+    def bits(self, bits: int) -> None:
+        self.c.bits = bits
+
+    def set(self, bits: int) -> None:
+        """Set bits, beside those that are; from any thread."""
+        lib.pykvm_latch_set(self.c, bits)
 
 
 class Bus:
@@ -259,6 +287,12 @@ class Bus:
         if not 1 <= length <= 8:
             raise ValueError(f"a clock is 1..8 bytes wide, not {length}")
         return self._claim(first, length, lib.PYKVM_CLOCK, lib.PYKVM_CLOCK, device=Clock(hz))
+
+    def latch(self, first: int) -> Claim:
+        """A :class:`Latch` (``claim.device``) of two 32-bit registers: one reads its bits, the next
+        clears those that are written as ones. Other widths and offsets read zero.
+        """
+        return self._claim(first, 8, lib.PYKVM_LATCH, lib.PYKVM_LATCH, device=Latch())
 
     def uart(self, first: int, serial: Serial) -> Claim:
         """The eight registers of a 16550A; ``Serial.attach`` calls this."""
@@ -478,7 +512,7 @@ class Bus:
         return table, ranges, claims  # the claims keep hits, rings and devices alive
 
 
-_IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK)
+_IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK, lib.PYKVM_LATCH)
 """Actions whose state is a C structure of the device's."""
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .backing import Backing
+    from .ram_table import RamTable
     from .region_map import Piece
 
     Plain = bytes | memoryview
@@ -69,6 +70,7 @@ class GuestMemory:
         "__weakref__",
         "_map",
         "_octets",
+        "_ram",
         "_register",
         "_window",
         "u8",
@@ -82,6 +84,7 @@ class GuestMemory:
     def __init__(self, size: int | str | None = None) -> None:
         self._map = RegionMap()
         self._register: list[Callable[[Region], object]] = []
+        self._ram: RamTable | None = None
         self._window = _NO_WINDOW
         self._octets = _NO_OCTETS
         self.u8 = Words(self._map, 1)
@@ -205,6 +208,15 @@ class GuestMemory:
         """Call ``register`` no more: the machine closes, the memory stays."""
         if register in self._register:
             self._register.remove(register)
+
+    def table(self) -> RamTable:
+        """Return the table of regions for what C does in guest memory; made at first use."""
+        self._map.check_open()
+        if self._ram is None:
+            from .ram_table import RamTable
+
+            self._ram = RamTable(self)
+        return self._ram
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -420,6 +432,7 @@ class GuestMemory:
             return
         self._map.closed = True
         self._window, self._octets = _NO_WINDOW, _NO_OCTETS
+        self._ram = None
         for words in (self.u8, self.u16, self.u32, self.u64):
             words.forget()
         self._register.clear()

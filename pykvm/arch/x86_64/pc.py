@@ -41,6 +41,8 @@ TIMER_IRQ = 0
 COM1_GSI = 4
 SCI_GSI = 9
 """ACPI: the system control interrupt, level-triggered and active high."""
+VIRTIO_GSIS = (*range(16, 24), 5, 6, 7, 10, 11)
+"""ACPI: interrupt lines of virtio-mmio devices, edge-triggered, in the order of their use."""
 ISA_IRQS = 16
 IOAPIC_PINS = 24
 
@@ -74,5 +76,7 @@ ACPI_BASE = 0xE0000
 """Where tables begin: kernels look for ACPI's root pointer from here to 0xfffff."""
 MP_BASE = 0xF0000
 """The MultiProcessor tables; looked for from here to 0xfffff."""
+VIRTIO_MMIO = 0xD0000000
+"""ACPI: where virtio-mmio windows begin; one page each."""
 IOAPIC = 0xFEC00000
 LAPIC = 0xFEE00000
