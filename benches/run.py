@@ -26,6 +26,7 @@ QUESTIONS = (
     "handler",
     "registers",
     "doorbell",
+    "blk-request",
     "busy-thread",
     "first-exit",
     "first-byte",

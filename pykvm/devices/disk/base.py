@@ -28,6 +28,7 @@ class Disk:
         can_discard: whether :meth:`discard` has ever a use.
         write_back: whether a write may be volatile until the next :meth:`flush`. If not, each write
             is stable when it is completed. To be set at will.
+        failed: why no flush succeeds any more, or None.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Disk:
     limits: Limits
     can_discard: bool
     write_back: bool
+    failed: OSError | None = None
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill all ``views``."""

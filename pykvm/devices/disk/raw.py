@@ -49,7 +49,7 @@ class RawDisk(Disk):
         self._direct = direct
         self._write_back = write_back
         self._volatile = False
-        self._failed: OSError | None = None
+        self.failed = None
         self.can_discard = not readonly
         self._can_zero = self._can_punch = True
         self._bytes = self.sectors = 0
@@ -60,16 +60,15 @@ class RawDisk(Disk):
 
     def read(self, views: Sequence[memoryview], offset: int) -> None:
         """Fill all ``views``; what lies beyond the file's end in its last sector is zeros."""
-        done = self._transfer(views, offset, False)
-        left = rest(views, done)
+        left: Sequence[memoryview] = views
         while left:
-            offset += done
             if offset >= self._bytes:
                 clear(left)
                 return
             done = self._transfer(left, offset, False)
             if not done:
                 raise OSError(errno.EIO, "the file has been cut shorter", self.path)
+            offset += done
             left = rest(left, done)
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
@@ -134,28 +133,21 @@ class RawDisk(Disk):
         self._write_back = value
 
     def flush(self) -> None:
-        """Make stable what was written.
+        """Make stable what was written; if nothing was, nothing is done.
 
         A failed fdatasync is never tried again: Linux may have dropped the pages that it could not
         write and marked them clean, and the next one would succeed without them.
         """
-        if self._failed is not None:
-            raise OSError(
-                errno.EIO, f"an earlier flush failed ({self._failed.strerror})", self.path
-            )
-        if self.readonly:
+        if self.failed is not None:
+            raise OSError(errno.EIO, f"an earlier flush failed ({self.failed.strerror})", self.path)
+        if not self._volatile:
             return
+        self._volatile = False
         try:
             self.file.fdatasync()
         except OSError as error:
-            self._failed = error
+            self.failed = error
             raise
-        self._volatile = False
-
-    @property
-    def failed(self) -> OSError | None:
-        """Why no flush succeeds any more, or None."""
-        return self._failed
 
     # ---- ranges
 
@@ -172,8 +164,7 @@ class RawDisk(Disk):
             if error.errno not in _NOT_POSSIBLE:
                 raise
             self.can_discard = False  # a hint that was of no use, and never will be
-            return
-        self._changed()
+        # Needs no flush: nobody may assume anything of the range (virtio 1.2, 5.2.6.1).
 
     def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
         """Make a range zeros: by the file system if it can, else by writing them."""
@@ -184,7 +175,9 @@ class RawDisk(Disk):
             or self._range("_can_zero", self.file.zero, offset, inside)
         )
         if done:
-            self._changed()
+            self._volatile = True
+            if not self._write_back:
+                self.flush()  # RWF_DSYNC has no part in it
             return
         end = offset + length
         while offset < end:
@@ -204,12 +197,6 @@ class RawDisk(Disk):
             setattr(self, can, False)
             return False
         return True
-
-    def _changed(self) -> None:
-        """A range was changed in a way that RWF_DSYNC has no part in."""
-        self._volatile = True
-        if not self._write_back:
-            self.flush()
 
     # ---- the rest
 
