@@ -28,6 +28,7 @@ QUESTIONS = (
     "doorbell",
     "blk-request",
     "busy-thread",
+    "vring",
     "first-exit",
     "first-byte",
 )

@@ -9,6 +9,7 @@ toolchain), the output it must produce, and ``guest.toml``::
     cpus = 1
     irqchip = false
     counter = false         # the exit counter of guests/exits
+    virtio = []             # devices, "rng" or "console": virtio-mmio windows from 0xd0000000 on
     [enter]
     mode = "long64"         # real16, prot32, long64; an ELF image says so itself
     at = 0x8000             # where a flat image is loaded and entered
@@ -35,7 +36,7 @@ from pykvm.boot import elf, flat
 from pykvm.errors import AsmError, BootError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from pykvm.machine import Machine
     from pykvm.result import RunResult
@@ -72,6 +73,8 @@ class Guest:
         ring, iopl: the privilege it starts with.
         memory, cpus, irqchip: the machine it wants.
         counter: whether it wants the exit counter (see ``ExitCounter``).
+        virtio: the virtio devices it wants, ``"rng"`` or ``"console"``, in the order of their
+            windows; its vCPU serves them.
         timeout: seconds it may take.
         expected_reason, expected_code: how it must end, or None for a file.
     """
@@ -91,6 +94,7 @@ class Guest:
         cpus: int = 1,
         irqchip: bool = False,
         counter: bool = False,
+        virtio: Sequence[str] = (),
         timeout: float = 5.0,
         expected_reason: str | None = None,
         expected_code: int | None = None,
@@ -107,6 +111,7 @@ class Guest:
         self.cpus = cpus
         self.irqchip = irqchip
         self.counter = counter
+        self.virtio = tuple(virtio)
         self.timeout = timeout
         self.expected_reason = expected_reason
         self.expected_code = expected_code
@@ -145,8 +150,12 @@ class Guest:
             return asm_file(self.image, mode, at=self.at or 0)
         return self.image.read_bytes()
 
-    def prepare(self, machine: Machine) -> None:
+    def prepare(self, machine: Machine, console: Callable[[bytes], object] | None = None) -> None:
         """Load the image into a machine and make its processors ready to run.
+
+        Args:
+            machine: one as the guest wants it.
+            console: called with what it prints on a virtio console, as it comes.
 
         Raises BootError for an image that cannot be loaded, AsmError for a source.
         """
@@ -165,9 +174,22 @@ class Guest:
             cpu.rsi = len(machine.cpus)
         if self.counter:
             ExitCounter(machine)
+        for name in self.virtio:
+            _add_virtio(machine, name, console)
 
     def __repr__(self) -> str:
         return f"<Guest {self.name}: {self.summary or self.image}>"
+
+
+def _add_virtio(machine: Machine, name: str, console: Callable[[bytes], object] | None) -> None:
+    from pykvm.virtio import Console, Rng
+
+    if name == "rng":
+        machine.virtio(Rng(), io="sync")
+    elif name == "console":
+        machine.virtio(Console(output=console), io="sync")
+    else:
+        raise ValueError(f'a guest has the virtio devices "rng" and "console", not {name!r}')
 
 
 class ExitCounter:
@@ -311,23 +333,28 @@ def run_guest(
 
     with Machine(guest.memory, cpus=guest.cpus, irqchip=guest.irqchip) as machine:
         printed: list[str] = []
-        if console is None:
-            fifo = machine.pio.fifo(CONSOLE_PORT)
-        else:
-            show = console
+        fifo = machine.pio.fifo(CONSOLE_PORT) if console is None else None
 
-            def on_console(access: Any) -> None:
-                if access.is_write:
-                    printed.append(chr(access.value & 0xFF))
-                    show(printed[-1])
+        def show(data: bytes) -> None:
+            """From either console, in order."""
+            if fifo is not None:
+                printed.append(fifo.read().decode("latin-1"))
+            for character in data.decode("latin-1"):
+                printed.append(character)
+                if console is not None:
+                    console(character)
 
+        def on_console(access: Any) -> None:
+            if access.is_write:
+                show(access.data[:1])
+
+        if fifo is None:
             machine.on_pio(CONSOLE_PORT, on_console)
         machine.debug_exit(EXIT_PORT)
-        guest.prepare(machine)
+        guest.prepare(machine, show)
         seconds = guest.timeout if timeout is None else timeout
         result = machine.run(seconds, max_exits=max_exits)
-        if console is None:
-            printed.append(fifo.read().decode("latin-1"))
+        show(b"")
     return "".join(printed), result
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pykvm.machine import Machine
     from pykvm.result import RunResult
 
+    Connection = tuple[Callable[[bytes], object], Callable[[], bytes]]
+
 _STDERR = ""
 """The value of --ioctls without a file."""
 
@@ -183,11 +185,11 @@ def _run(
     from pykvm.guestlib import CONSOLE_PORT, EXIT_PORT
 
     with _machine(guest, device) as m:
-        finish = m.pio.fifo(CONSOLE_PORT).read if captured else _connect(m, CONSOLE_PORT)
+        show, finish = (_capture if captured else _connect)(m, CONSOLE_PORT)
         m.debug_exit(EXIT_PORT)
         with _usage():
             try:
-                guest.prepare(m)
+                guest.prepare(m, show)
             except (AsmError, BootError) as error:
                 raise type(error)(f"{guest.name}: {error}") from error
         result = m.run(guest.timeout, max_exits=max_exits)
@@ -223,25 +225,44 @@ def _machine(guest: Guest, device: str) -> Machine:
         raise CapabilityError("\n".join(lines)) from error
 
 
-def _connect(m: Machine, port: int) -> Callable[[], bytes]:
+def _capture(m: Machine, port: int) -> Connection:
+    """Keep what is written to a port.
+
+    Returns:
+        A function for what comes from elsewhere, and one that gives all of it, in order.
+    """
+    fifo = m.pio.fifo(port)
+    kept: list[bytes] = []
+
+    def show(data: bytes) -> None:
+        kept.extend((fifo.read(), data))
+
+    return show, lambda: b"".join([*kept, fifo.read()])
+
+
+def _connect(m: Machine, port: int) -> Connection:
     """Pass what is written to a port on to standard output, at once and as it is.
 
     Returns:
-        A function that gives the item that came last, or b"".
+        A function for what comes from elsewhere, and one that gives the item that came last, or
+        b"".
     """
     if sys.stdout is None:  # it was closed when we started
         raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
     fd = sys.stdout.fileno()
     last = b""
 
-    def console(access: Any) -> None:
+    def show(data: bytes) -> None:
         nonlocal last
+        last = data
+        _write(fd, data)
+
+    def console(access: Any) -> None:
         if access.is_write:
-            last = access.data
-            _write(fd, last)
+            show(access.data)
 
     m.on_pio(port, console)
-    return lambda: last
+    return show, lambda: last
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -37,7 +37,7 @@ def test_hello_is_first_and_all_that_were_promised_are_there() -> None:
     assert NAMES[0] == "hello"
     assert set(NAMES) >= {
         "hello", "exits", "real-mode", "protected-mode", "long-mode", "exceptions", "ring3", "smp",
-        "smp-sipi", "c-guest",
+        "smp-sipi", "virtio", "c-guest",
     }  # fmt: skip
 
 
