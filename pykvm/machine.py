@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pykvm.host import Host
     from pykvm.kvm import Vm
     from pykvm.pc import Pc
-    from pykvm.virtio import Attachments, VirtioDevice
+    from pykvm.virtio import Attachments, Blk, DiskSpec, VirtioDevice
 
     Virtio = TypeVar("Virtio", bound=VirtioDevice)
     Function = TypeVar("Function", bound=Callable[..., Any])
@@ -321,6 +321,58 @@ class Machine(Hooks):
             self._virtio = Attachments(self)
         self._virtio.add(device, io=io, base=base, gsi=gsi, irqchip=self._irqchip)
         return device
+
+    def disk(
+        self,
+        path: str | os.PathLike[str] | DiskSpec,
+        *,
+        readonly: bool = False,
+        overlay: bool = False,
+        cache: str = "",
+        format: str = "",
+        serial: str = "",
+        queues: int = 1,
+        io: str = "thread",
+    ) -> Blk:
+        """Give the guest a disk, a virtio block device; Linux's names are /dev/vda, /dev/vdb, …
+
+        Args:
+            path: a file or block device, which is locked against a second writer; or a ``DiskSpec``
+                that says all but ``queues`` and ``io``.
+            readonly: the guest cannot write it.
+            overlay: it can, and what it writes is thrown away with the machine.
+            cache: ``"writeback"``, the default: what the guest flushes is on the medium.
+                ``"writethrough"``: what it writes is. ``"none"``: as writeback, by O_DIRECT.
+            format: ``"raw"`` or another one, for which QEMU's tools are needed; default raw.
+            serial: the disk's ID, 20 ASCII characters at most.
+            queues: request queues.
+            io: see :meth:`virtio`.
+
+        Returns:
+            The device: ``refresh()`` tells the guest when the image has grown.
+
+        Raises:
+            OSError: the host refuses.
+            DiskError: it is in use, looks like another format, or a tool is missing.
+            ValueError: options that there are not, or that do not go together.
+        """
+        from pykvm import virtio
+
+        if not isinstance(path, virtio.DiskSpec):
+            path = virtio.DiskSpec(
+                path,
+                readonly=readonly,
+                overlay=overlay,
+                cache=cache,
+                format=format,
+                serial=serial,
+            )
+        device = virtio.disk(path, queues=queues)
+        try:
+            return self.virtio(device, io=io)
+        except BaseException:
+            device.close()
+            raise
 
     @property
     def devices(self) -> dict[str, VirtioDevice]:

@@ -19,7 +19,9 @@ from __future__ import annotations
 import os
 
 from pykvm.arch.x86_64 import pc as places
+from pykvm.devices.disk.spec import DiskSpec
 from pykvm.devices.io_thread import IoThread
+from pykvm.devices.virtio.blk import Blk
 from pykvm.devices.virtio.console import VirtioConsole as Console
 from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.mmio import LENGTH, VirtioMmio
@@ -31,16 +33,32 @@ if TYPE_CHECKING:
 
     from pykvm.machine import Machine
 
-__all__ = ["Attachments", "Console", "Rng", "VirtioDevice"]
+__all__ = ["Attachments", "Blk", "Console", "DiskSpec", "Rng", "VirtioDevice", "disk"]
+
+
+def disk(spec: DiskSpec, *, queues: int = 1) -> Blk:
+    """Open an image and make a block device of it.
+
+    Raises:
+        OSError: the host refuses.
+        DiskError: it is in use, looks like another format, or a tool is missing.
+    """
+    opened = spec.open()
+    try:
+        return Blk(opened, queues=queues, serial=spec.serial)
+    except BaseException:
+        opened.close()
+        raise
 
 
 class Attachments:
-    """The virtio devices of one machine, and their I/O thread.
+    """The virtio devices of one machine, and their I/O threads.
 
     Attributes:
         devices: by name: "rng", and a second one "rng1".
         windows: the virtio-mmio windows, in order.
         io: the I/O thread, which starts when it is first needed.
+        threads: it, and one for each device that waits for the host (``VirtioDevice.WAITS``).
         error: what a device raised in the I/O thread, or None.
     """
 
@@ -51,6 +69,7 @@ class Attachments:
         self.devices: dict[str, VirtioDevice] = {}
         self.windows: list[VirtioMmio] = []
         self.io = IoThread(on_error=self._failed)
+        self.threads = [self.io]
         self.error: BaseException | None = None
 
     def add(
@@ -83,7 +102,7 @@ class Attachments:
                 bus=machine.mmio,
                 base=base,
                 irq=irq,
-                io=self.io,
+                io=self._thread(device),
                 synchronous=io == "sync",
             )
         except BaseException:
@@ -94,6 +113,12 @@ class Attachments:
         self.windows.append(window)
         self._gsis.append(gsi)
         self.devices[self._name(device)] = device
+
+    def _thread(self, device: VirtioDevice) -> IoThread:
+        if not device.WAITS:
+            return self.io
+        self.threads.append(IoThread(f"pykvm-{device.NAME}", on_error=self._failed))
+        return self.threads[-1]
 
     def _line(self, gsi: int) -> int:
         """An eventfd that raises an interrupt, as an edge."""
@@ -145,7 +170,8 @@ class Attachments:
 
     def run_ended(self) -> None:
         """What the guest asked for before the end is done now."""
-        self.io.settle()
+        for thread in self.threads:
+            thread.settle()
         for device in self.devices.values():
             device.run_ended()
         error, self.error = self.error, None
@@ -157,8 +183,9 @@ class Attachments:
         return {name: device.counters.as_dict() for name, device in self.devices.items()}
 
     def close(self) -> None:
-        """End the I/O thread, then close the devices. Idempotent."""
-        self.io.close()
+        """End the I/O threads, then close the devices. Idempotent."""
+        for thread in self.threads:
+            thread.close()
         for window in self.windows:
             window.close()
         for irq in self._irqs:

@@ -19,6 +19,7 @@ from .common import (
     Size,
     debug_option,
     device_option,
+    disk_option,
     json_option,
     write_json,
 )
@@ -27,6 +28,7 @@ from .run import RunCommand
 if TYPE_CHECKING:
     from typing import Any
 
+    from pykvm.devices.disk.spec import DiskSpec
     from pykvm.result import RunResult
 
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
@@ -45,6 +47,7 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
     show_default=True,
     help="The kernel's command line.",
 )
+@disk_option
 @click.option("--memory", type=Size(), default="512M", show_default=True, help="RAM.")
 @click.option("--cpus", type=Count(1), default=1, show_default=True, help="Virtual processors.")
 @click.option(
@@ -70,6 +73,7 @@ def boot(
     kernel: str,
     initrd: str | None,
     append: str,
+    disks: tuple[DiskSpec, ...],
     memory: int,
     cpus: int,
     cpu_features: str,
@@ -106,6 +110,8 @@ def boot(
         except ValueError as error:
             raise click.UsageError(str(error)) from error
         with m:
+            for disk in disks:
+                m.disk(disk)
             plan = m.boot(
                 kernel,
                 initrd=initrd,
@@ -214,6 +220,7 @@ def _describe(kernel: str, result: RunResult, panic: str, console: bytes) -> dic
             }
             for cpu in result.cpus
         ],
+        "devices": result.devices,
         "error": None if result.error is None else str(result.error),
         "console": console.decode("utf-8", "surrogateescape"),
     }

@@ -16,10 +16,13 @@ from . import exitcodes
 if TYPE_CHECKING:
     from typing import Any
 
+    from pykvm.devices.disk.spec import DiskSpec
+
+    DiskParam = click.ParamType[DiskSpec]
     IntParam = click.ParamType[int]
     FloatParam = click.ParamType[float]
 else:
-    IntParam = FloatParam = click.ParamType
+    DiskParam = IntParam = FloatParam = click.ParamType
 
 _DEBUG = "pykvm.debug"
 
@@ -132,6 +135,35 @@ class Count(IntParam):
         if number < self.least:
             self.fail(f"{value!r} is not a whole number of at least {self.least}", param, ctx)
         return number
+
+
+class Disk(DiskParam):
+    """A disk: ``PATH[,ro][,overlay][,cache=…][,format=…][,serial=…]``. The value is a DiskSpec."""
+
+    name = "disk"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> DiskSpec:
+        """Parse it; the image is opened later."""
+        from pykvm.devices.disk.spec import DiskSpec
+
+        if isinstance(value, DiskSpec):
+            return value
+        try:
+            return DiskSpec.parse(value)
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+
+
+disk_option = click.option(
+    "--disk",
+    "disks",
+    type=Disk(),
+    multiple=True,
+    metavar="PATH[,ro][,overlay][,…]",
+    help="A disk: a file or block device, which the guest may write; with ro it may not, with "
+    "overlay it may and what it writes is thrown away. More: cache=writethrough|none, "
+    "format=qcow2|…, serial=TEXT. For several disks, several times.",
+)
 
 
 class Seconds(FloatParam):

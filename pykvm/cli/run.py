@@ -15,12 +15,22 @@ from pykvm import result as reasons
 from pykvm.errors import AsmError, BootError, CapabilityError, PykvmError, VcpuExitError
 
 from . import exitcodes
-from .common import Count, Seconds, Size, debug_option, device_option, json_option, write_json
+from .common import (
+    Count,
+    Seconds,
+    Size,
+    debug_option,
+    device_option,
+    disk_option,
+    json_option,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    from pykvm.devices.disk.spec import DiskSpec
     from pykvm.guestlib import Guest
     from pykvm.machine import Machine
     from pykvm.result import RunResult
@@ -79,6 +89,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     metavar="GPA",
     help="Where to load a flat image. [default: 0x7c00 in real16, else 0x8000]",
 )
+@disk_option
 @click.option("--memory", type=Size(), metavar="SIZE", help="RAM, from address 0 on. [default: 2M]")
 @click.option("--cpus", type=Count(1), metavar="N", help="Virtual processors. [default: 1]")
 @click.option(
@@ -109,6 +120,7 @@ def run(
     guest: str,
     mode: str | None,
     at: int | None,
+    disks: tuple[DiskSpec, ...],
     memory: int | None,
     cpus: int | None,
     ring: str | None,
@@ -149,7 +161,7 @@ def run(
     if iopl is not None:
         found.iopl = int(iopl)
     with nullcontext() if ioctls is None else _trace(ioctls):
-        result, console = _run(found, max_exits, device, captured=as_json)
+        result, console = _run(found, max_exits, device, disks, captured=as_json)
     if as_json:
         write_json(_describe(found, result, console))
     else:
@@ -175,7 +187,12 @@ def _trace(file: str) -> Iterator[None]:
 
 
 def _run(
-    guest: Guest, max_exits: int | None, device: str, *, captured: bool
+    guest: Guest,
+    max_exits: int | None,
+    device: str,
+    disks: tuple[DiskSpec, ...],
+    *,
+    captured: bool,
 ) -> tuple[RunResult, bytes]:
     """Run a guest on a machine of its own.
 
@@ -188,6 +205,8 @@ def _run(
         show, finish = (_capture if captured else _connect)(m, CONSOLE_PORT)
         m.debug_exit(EXIT_PORT)
         with _usage():
+            for disk in disks:
+                m.disk(disk)
             try:
                 guest.prepare(m, show)
             except (AsmError, BootError) as error:
@@ -337,6 +356,7 @@ def _describe(guest: Guest, result: RunResult, console: bytes) -> dict[str, Any]
             }
             for cpu in result.cpus
         ],
+        "devices": result.devices,
         "error": None if result.error is None else str(result.error),
         "console": console.decode("utf-8", "surrogateescape"),
     }

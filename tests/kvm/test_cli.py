@@ -212,7 +212,7 @@ def test_json_has_the_result_and_the_output(pykvm: Pykvm) -> None:
     assert data.pop("seconds") > 0
     assert data == {
         "guest": "hello", "reason": "halted", "code": None, "exit_code": 0, "exits": 13, "cpu": 0,
-        "exit": "HltExit()", "cpus": [], "error": None, "console": "Hello, KVM!\n",
+        "exit": "HltExit()", "cpus": [], "devices": {}, "error": None, "console": "Hello, KVM!\n",
     }  # fmt: skip
 
 

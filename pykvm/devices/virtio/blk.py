@@ -50,6 +50,7 @@ class Blk(VirtioDevice):
     """
 
     NAME = "blk"
+    WAITS = True
     device_id = 2
 
     def __init__(self, disk: Disk, *, queues: int = 1, serial: str = "") -> None:

@@ -66,6 +66,7 @@ class VirtioDevice:
 
     Attributes:
         NAME: for people, and in results.
+        WAITS: serving it waits for the host, so it has an I/O thread of its own.
         device_id: its type (5).
         queue_max_sizes: the most entries of each queue, powers of two.
         device_features: what it offers beside the features of rings, which the core adds.
@@ -82,6 +83,7 @@ class VirtioDevice:
     """
 
     NAME = "virtio"
+    WAITS = False
     device_id = 0
     queue_max_sizes: tuple[int, ...] = ()
     device_features = 0

@@ -1,0 +1,155 @@
+"""Block devices on a real KVM: driven by hand, and by Debian's kernel with its root on one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from struct import pack
+
+import pytest
+
+import pykvm
+from pykvm import result as reasons
+from pykvm.errors import DiskError
+from tests.kvm.test_virtio import GENEROUS, PROBE, SERVED
+from tests.support import linux_disk, linux_guest
+from tests.support.vring_driver import WRITE, Driver
+
+MODULES = ("virtio_mmio", "virtio_blk")
+BOOT_SECONDS = 300.0
+CONTENT = bytes(n // 512 & 0xFF for n in range(64 * 1024))
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(CONTENT)
+    return path
+
+
+def serve(m: pykvm.Machine, driver: Driver, type: int, sector: int, data: int, length: int) -> int:
+    """One request of a guest in long mode: its status."""
+    direction = WRITE if type == 0 else 0
+    m.mem.write(0x30000, pack("<IIQ", type, 0, sector))
+    m.mem.u8[0x30010] = 0xEE
+    driver.send((0x30000, 16, 0), (data, length, direction), (0x30010, 1, WRITE))
+    m.cpu.enter("long64", entry=0x8000)
+    result = m.run(timeout=GENEROUS).check()
+    assert result.reason == reasons.HALTED
+    return m.mem.u8[0x30010]
+
+
+@pytest.mark.parametrize("io", ["sync", "thread"])
+def test_a_guest_in_long_mode_reads_and_writes(image: Path, io: str) -> None:
+    code = pykvm.asm((PROBE + SERVED).replace("QUEUE", "0"), mode="long64")
+    with pykvm.Machine("2M") as m:
+        device = m.disk(image, serial="A1", io=io)
+        m.load(code, at=0x8000)
+        driver = Driver(m.memory, 8, desc=0x20000, driver=0x21000, device=0x22000)
+        assert serve(m, driver, 0, 3, 0x40000, 1024) == 0
+        assert m.mem.read(0x40000, 1024) == CONTENT[1536:2560]
+        assert m.devices == {"blk": device}
+    again = driver
+    with pykvm.Machine("2M") as m:
+        m.disk(image, io=io)
+        m.load(code, at=0x8000)
+        again = Driver(m.memory, 8, desc=0x20000, driver=0x21000, device=0x22000)
+        m.mem.write(0x40000, b"w" * 512)
+        assert serve(m, again, 1, 5, 0x40000, 512) == 0
+    assert image.read_bytes()[2560:3072] == b"w" * 512
+
+
+def test_a_disk_that_cannot_be_opened_leaves_the_machine_usable(image: Path) -> None:
+    other = image.with_name("other.img")
+    other.write_bytes(CONTENT)
+    with pykvm.Machine("2M") as m:
+        m.disk(image)
+        with pytest.raises(DiskError, match="this process"):
+            m.disk(image)
+        with pytest.raises(FileNotFoundError):
+            m.disk(image.with_name("none"))
+        with pytest.raises(ValueError, match="1 to 64 queues"):
+            m.disk(other, queues=0)
+        m.disk(other).close()
+        assert list(m.devices) == ["blk", "blk1"]
+
+
+# ---- Linux -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def kernel() -> Path:
+    found = linux_guest.kernels()
+    if "cloud" not in found:
+        pytest.skip("PYKVM_KERNELS names no folder with Debian's cloud kernel (tests/rig sets it)")
+    if not linux_guest.ring0_is_native():
+        pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
+    return found["cloud"]
+
+
+@pytest.fixture(scope="session")
+def initrd(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("disk") / "initrd.gz"
+    path.write_bytes(linux_disk.initrd(kernel, MODULES))
+    return path
+
+
+Boot = Callable[..., tuple[pykvm.Machine, str]]
+
+
+@pytest.fixture
+def boot(kernel: Path, initrd: Path) -> Iterator[Boot]:
+    machines: list[pykvm.Machine] = []
+
+    def run(
+        *disks: str | Path, cpus: int = 1, memory: str = "192M", queues: int = 1
+    ) -> tuple[pykvm.Machine, str]:
+        m = pykvm.Machine(memory, cpus=cpus, irqchip=True, pit=True)
+        machines.append(m)
+        for disk in disks:
+            m.disk(disk, queues=queues)
+        m.boot(kernel, initrd=initrd, cmdline="console=ttyS0 panic=-1 quiet")
+        result = m.run(timeout=BOOT_SECONDS)
+        text = m.console.transcript.decode(errors="replace")
+        assert result.reason == reasons.POWER_OFF, f"{result}\n{text[-3000:]}"
+        assert "MARKER end" in text, text[-3000:]
+        return m, text
+
+    yield run
+    for m in machines:
+        m.close()
+
+
+FILES = r"""
+busybox cat /sys/block/vda/queue/write_cache /sys/block/vda/queue/discard_granularity
+busybox dd if=/dev/urandom of=/out/random bs=64k count=40 2>/dev/null
+busybox sha256sum /out/random
+i=0; while [ $i -lt 50 ]; do echo "file $i" >/out/small-$i; i=$((i+1)); done
+busybox dd if=/dev/urandom of=/out/large bs=64k count=160 conv=fsync 2>/dev/null
+echo "MARKER before"; busybox sync
+busybox rm /out/large; busybox sync; busybox fstrim /
+"""
+
+
+@pytest.mark.watchdog(600)
+def test_linux_has_its_root_on_a_disk(boot: Boot, tmp_path: Path) -> None:
+    image = tmp_path / "root.img"
+    linux_disk.root_image(image, 48 << 20, FILES)
+    before = image.stat().st_blocks * 512
+    m, text = boot(image)
+    assert "MARKER root /dev/vda / ext4 rw" in text and "write back" in text
+    counters = m.devices["blk"].counters
+    assert counters.requests > 50 and counters.errors == 0 and counters.latency.count > 50
+    m.close()
+    linux_disk.check(image)
+    said = re.search(r"([0-9a-f]{64})  /out/random", text)
+    assert said is not None, text[-2000:]
+    assert hashlib.sha256(linux_disk.read_file(image, "/out/random")).hexdigest() == said[1]
+    for number in (0, 25, 49):
+        assert linux_disk.read_file(image, f"/out/small-{number}") == f"file {number}\n".encode()
+    # 10 MiB were written and given back again.
+    assert image.stat().st_size == 48 << 20
+    if m.devices["blk"].disk.can_discard:
+        assert image.stat().st_blocks * 512 < before + (6 << 20)
