@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from struct import pack
@@ -13,6 +17,7 @@ import pytest
 import pykvm
 from pykvm import result as reasons
 from pykvm.errors import DiskError
+from pykvm.virtio import Blk
 from tests.kvm.test_virtio import GENEROUS, PROBE, SERVED
 from tests.support import linux_disk, linux_guest
 from tests.support.vring_driver import WRITE, Driver
@@ -74,6 +79,29 @@ def test_a_disk_that_cannot_be_opened_leaves_the_machine_usable(image: Path) -> 
             m.disk(other, queues=0)
         m.disk(other).close()
         assert list(m.devices) == ["blk", "blk1"]
+
+
+def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-m", "pykvm", "run", *map(str, args)]
+    return subprocess.run(words, capture_output=True, text=True)
+
+
+def test_the_command_line_has_disks(image: Path, tmp_path: Path) -> None:
+    guest = tmp_path / "guest.S"
+    # The third register of the window is the device's type: 2, a block device.
+    guest.write_text("mov edi, 0xd0000000; mov eax, [rdi + 8]; add al, '0'; out 0xe9, al; hlt")
+    done = command(guest, "--disk", f"{image},overlay", "--json")
+    data = json.loads(done.stdout)
+    assert data["console"] == "2" and data["devices"]["blk"]["requests"] == 0
+    done = command(guest, "--disk", f"{image},ro", "--disk", f"{image},ro")
+    assert done.returncode == 0 and done.stdout == "2"
+    with pykvm.Machine("2M") as m:
+        m.disk(image)
+        done = command(guest, "--disk", image)
+    assert done.returncode == 1
+    assert re.search(rf"pykvm: {image}: process {os.getpid()} \(.*has it open", done.stderr)
+    done = command(guest, "--disk", tmp_path / "none")
+    assert done.returncode == 1 and "none: No such file" in done.stderr
 
 
 # ---- Linux -------------------------------------------------------------------------------------
@@ -140,7 +168,9 @@ def test_linux_has_its_root_on_a_disk(boot: Boot, tmp_path: Path) -> None:
     before = image.stat().st_blocks * 512
     m, text = boot(image)
     assert "MARKER root /dev/vda / ext4 rw" in text and "write back" in text
-    counters = m.devices["blk"].counters
+    device = m.devices["blk"]
+    assert isinstance(device, Blk)
+    counters = device.counters
     assert counters.requests > 50 and counters.errors == 0 and counters.latency.count > 50
     m.close()
     linux_disk.check(image)
@@ -151,5 +181,5 @@ def test_linux_has_its_root_on_a_disk(boot: Boot, tmp_path: Path) -> None:
         assert linux_disk.read_file(image, f"/out/small-{number}") == f"file {number}\n".encode()
     # 10 MiB were written and given back again.
     assert image.stat().st_size == 48 << 20
-    if m.devices["blk"].disk.can_discard:
+    if device.disk.can_discard:
         assert image.stat().st_blocks * 512 < before + (6 << 20)
