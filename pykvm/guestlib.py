@@ -7,7 +7,9 @@ toolchain), the output it must produce, and ``guest.toml``::
     [machine]               # all optional
     memory = "2M"
     cpus = 1
-    irqchip = false
+    irqchip = false         # or "kernel" (true), "split"
+    pit = false             # a timer; needs irqchip = "kernel"
+    pic = "reset"           # or "bios"; the same
     counter = false         # the exit counter of guests/exits
     [enter]
     mode = "long64"         # real16, prot32, long64; an ELF image says so itself
@@ -70,7 +72,7 @@ class Guest:
         mode, at: the processor mode it starts in and where a flat image goes; None for ELF, which
             says both itself.
         ring, iopl: the privilege it starts with.
-        memory, cpus, irqchip: the machine it wants.
+        memory, cpus, irqchip, pit, pic: the machine it wants, as ``Machine`` has them.
         counter: whether it wants the exit counter (see ``ExitCounter``).
         timeout: seconds it may take.
         expected_reason, expected_code: how it must end, or None for a file.
@@ -89,7 +91,9 @@ class Guest:
         iopl: int = 0,
         memory: str = "2M",
         cpus: int = 1,
-        irqchip: bool = False,
+        irqchip: str | bool | None = False,
+        pit: bool = False,
+        pic: str = "reset",
         counter: bool = False,
         timeout: float = 5.0,
         expected_reason: str | None = None,
@@ -106,6 +110,8 @@ class Guest:
         self.memory = memory
         self.cpus = cpus
         self.irqchip = irqchip
+        self.pit = pit
+        self.pic = pic
         self.counter = counter
         self.timeout = timeout
         self.expected_reason = expected_reason
@@ -132,6 +138,25 @@ class Guest:
         """What it must print, or None for a file."""
         file = self.path / "expected.txt"
         return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def machine(self, path: str = "/dev/kvm") -> Machine:
+        """A machine as it wants it.
+
+        Args:
+            path: the KVM device.
+
+        Raises CapabilityError without KVM, ValueError for what does not go together.
+        """
+        from pykvm.machine import Machine
+
+        return Machine(
+            self.memory,
+            cpus=self.cpus,
+            irqchip=self.irqchip,
+            pit=self.pit,
+            pic=self.pic,
+            path=path,
+        )
 
     def data(self) -> bytes:
         """The image: the file's bytes, or what its source assembles to.
@@ -307,9 +332,7 @@ def run_guest(
 
     Raises BootError and AsmError for its image, CapabilityError without KVM.
     """
-    from pykvm.machine import Machine
-
-    with Machine(guest.memory, cpus=guest.cpus, irqchip=guest.irqchip) as machine:
+    with guest.machine() as machine:
         printed: list[str] = []
         if console is None:
             fifo = machine.pio.fifo(CONSOLE_PORT)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pykvm.console import Console
     from pykvm.devices.bus import Claim, Slot
     from pykvm.host import Host
+    from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.kvm import Vm
     from pykvm.pc import Pc
 
@@ -54,9 +55,13 @@ class Machine(Hooks):
         memory: RAM from address 0 on, in bytes or as ``"2M"``; or a ``GuestMemory`` of your own
             regions, which the machine then owns.
         cpus: number of vCPUs.
-        irqchip: an in-kernel PIC, IOAPIC and LAPICs (KVM_CREATE_IRQCHIP). HLT then waits in the
-            kernel and never exits, and vCPUs but the first wait for their start-up IPI.
-        pit: an in-kernel i8254 timer; needs irqchip.
+        irqchip: ``"kernel"``, or True: an in-kernel PIC, IOAPIC and LAPICs (KVM_CREATE_IRQCHIP);
+            ``"split"``: LAPICs in the kernel, an IOAPIC here, no PIC (KVM_CAP_SPLIT_IRQCHIP).
+            HLT then waits in the kernel and never exits, and vCPUs but the first wait for their
+            start-up IPI.
+        pit: an in-kernel i8254 timer; needs irqchip "kernel".
+        pic: ``"reset"``, or ``"bios"``: the PIC is programmed as a BIOS leaves it, IRQ 0-7 at
+            vector 8, 8-15 at 0x70, timer and keyboard open; needs irqchip "kernel".
         features: CPUID features to leave out, ``"-xsave,-avx"``, by their names in /proc/cpuinfo.
         cpuid: ``"host"`` for everything that KVM supports here, a list of
             ``struct kvm_cpuid_entry2``, or None for none at all.
@@ -65,6 +70,7 @@ class Machine(Hooks):
     Attributes:
         memory: the :class:`~pykvm.memory.GuestMemory`; also ``m.mem``.
         cpus: the :class:`~pykvm.Cpu` objects; ``m.cpu`` is the first.
+        irqchip: its interrupt lines (:mod:`pykvm.irqchip`), or None.
         pc: the devices of a PC after :meth:`boot`, else None; ``m.console`` is its serial console.
         pio, mmio: the buses; their actions (``m.pio.fifo(0x3f8)``) need no Python per access.
         vm, kvm: the objects of :mod:`pykvm.kvm` below, for every other ioctl.
@@ -80,23 +86,23 @@ class Machine(Hooks):
         memory: int | str | GuestMemory = "2M",
         *,
         cpus: int = 1,
-        irqchip: bool = False,
+        irqchip: str | bool | None = None,
         pit: bool = False,
+        pic: str = "reset",
         features: str = "",
         cpuid: str | list[Any] | None = "host",
         path: str = "/dev/kvm",
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise ValueError(f"cpus must be 1..{MAX_CPUS}, not {cpus}")
-        if pit and not irqchip:
-            raise ValueError("pit=True needs irqchip=True: the timer interrupts through it")
+        kind = self._irqchip_kind(irqchip, pit, pic)
         self.cpus: tuple[Cpu, ...] = ()
         self._runners: list[Runner] = []
         self._slots: list[Slot] = []
         self._hooks: dict[int, Callable[[Any], object]] = {}
         self._msrs: dict[int, Callable[[Any], object]] = {}
         self._closed = False
-        self._irqchip = irqchip
+        self.irqchip: KernelIrqchip | SplitIrqchip | None = None
         self._features = features
         self._ending: End | None = None
         self.pc: Pc | None = None
@@ -108,7 +114,7 @@ class Machine(Hooks):
             self.vm: Vm = self.kvm.create_vm()
             try:
                 self.memory = memory if isinstance(memory, GuestMemory) else ram(memory)
-                self._populate(cpus, irqchip, pit, cpuid)
+                self._populate(cpus, kind, pit, pic, cpuid)
             except BaseException:
                 self.close()
                 raise
@@ -116,13 +122,37 @@ class Machine(Hooks):
             self.kvm.close()
             raise
 
-    def _populate(self, cpus: int, irqchip: bool, pit: bool, cpuid: str | list[Any] | None) -> None:
+    @staticmethod
+    def _irqchip_kind(irqchip: str | bool | None, pit: bool, pic: str) -> str | None:
+        kind = None
+        if irqchip:
+            from pykvm.irqchip import kind_of
+
+            kind = kind_of(irqchip)
+        if pic not in ("reset", "bios"):
+            raise ValueError(f'pic is "reset" or "bios", not {pic!r}')
+        if pit and kind != "kernel":
+            raise ValueError('pit=True needs irqchip="kernel": the timer interrupts through it')
+        if pic == "bios" and kind != "kernel":
+            raise ValueError('pic="bios" needs irqchip="kernel": there is no other PIC')
+        return kind
+
+    def _populate(
+        self, cpus: int, kind: str | None, pit: bool, pic: str, cpuid: str | list[Any] | None
+    ) -> None:
         self.memory.attach(self._register)
+        irqchip = kind is not None
         if irqchip:
-            self.vm.create_irqchip()
-        if pit:
-            self.vm.create_pit2()
-        if irqchip:
+            from pykvm.irqchip import KernelIrqchip, SplitIrqchip
+
+            if kind == "split":
+                self.irqchip = SplitIrqchip(self.vm, self)
+            else:
+                self.irqchip = chip = KernelIrqchip(self.vm)
+                if pit:
+                    self.vm.create_pit2()
+                if pic == "bios":
+                    chip.program_pic_as_bios()
             self._prepare_for_intel()
         host = host_of(self.kvm)
         entries, for_first, gigapages = self._cpuid(cpuid, host)
@@ -236,7 +266,8 @@ class Machine(Hooks):
     ) -> BootPlan:
         """Load a kernel and get ready to run it, on the devices of a PC.
 
-        ``run()`` then starts it; the machine needs ``irqchip=True`` and ``pit=True``.
+        ``run()`` then starts it; the machine needs an irqchip, and with ``irqchip="kernel"`` also
+        ``pit=True``.
 
         Args:
             kernel: bzImage, ELF vmlinux, PVH or multiboot image, as a path or bytes.
@@ -256,7 +287,7 @@ class Machine(Hooks):
         """
         from pykvm.pc import boot
 
-        if not self._irqchip:
+        if self.irqchip is None:
             raise ValueError("boot() needs a Machine(irqchip=True, pit=True)")
         if self.pc is not None:
             raise ValueError("this machine was booted already: make another")
@@ -323,7 +354,7 @@ class Machine(Hooks):
         if max_exits is not None and max_exits < 0:
             raise ValueError(f"max_exits must be at least 0, not {max_exits}")
         cpus = [cpu for cpu in self.cpus if cpu.entered] or [self.cpus[0]]
-        if self._irqchip:
+        if self.irqchip is not None:
             cpus = list(self.cpus)
         for cpu in cpus:
             if cpu.ended:
@@ -475,7 +506,7 @@ class Machine(Hooks):
     def __repr__(self) -> str:
         if self._closed:
             return "<Machine closed>"
-        chip = ", irqchip" if self._irqchip else ""
+        chip = "" if self.irqchip is None else f", {self.irqchip.kind} irqchip"
         return f"<Machine {len(self.cpus)} cpus{chip}, {self.memory!r}>"
 
 

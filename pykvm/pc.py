@@ -11,7 +11,6 @@ import threading
 import time
 
 from pykvm import boot as loaders
-from pykvm import kvm
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc as places
 from pykvm.arch.x86_64.acpi import build_acpi
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.boot import BootPlan
+    from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.machine import Machine
 
 PANIC = b"Kernel panic - not syncing"
@@ -65,7 +65,7 @@ class PanicWatch:
 
 
 class Pc:
-    """The devices of a PC, attached to a machine with an in-kernel irqchip.
+    """The devices of a PC, attached to a machine with an irqchip.
 
     Attributes:
         serial: COM1.
@@ -75,6 +75,9 @@ class Pc:
     """
 
     def __init__(self, machine: Machine, output: Callable[[bytes], object] | None = None) -> None:
+        irqchip = machine.irqchip
+        if irqchip is None:
+            raise ValueError("a PC needs a Machine with an irqchip")
         self._machine = machine
         self.panic = ""
         self.plan: BootPlan | None = None
@@ -83,20 +86,17 @@ class Pc:
         self._grace: threading.Timer | None = None
         self._irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            vm = machine.vm
-            vm.set_gsi_routing(
-                [kvm.irqchip_route(gsi, _CHIPS[chip], pin) for gsi, chip, pin in places.GSI_ROUTES]
-            )
-            vm.irqfd(self._irq, places.COM1_GSI)
+            irqchip.wire_as_pc()
+            irqchip.connect(self._irq, places.COM1_GSI)
             self.serial = Serial(irq=self._irq, flow_control=True)
             self._watch = PanicWatch(self._on_panic, self._after_panic)
             self.console = Console(self.serial, output=output, watch=self._watch)
-            self._attach(machine)
+            self._attach(machine, irqchip)
         except BaseException:
             os.close(self._irq)
             raise
 
-    def _attach(self, machine: Machine) -> None:
+    def _attach(self, machine: Machine, irqchip: KernelIrqchip | SplitIrqchip) -> None:
         pio = machine.pio
         below = sum(r.memory_size for r in machine.memory.regions if r.guest_phys_addr < 1 << 32)
         self.serial.attach(pio, places.COM1)
@@ -112,7 +112,7 @@ class Pc:
         PostCode().attach(pio, 0x80)
         Pvpanic(self._on_pvpanic).attach(pio, 0x505)
         self._pm = PowerManagement(
-            self._on_power_off, on_sci=lambda level: machine.vm.irq_line(places.SCI_GSI, level)
+            self._on_power_off, on_sci=lambda level: irqchip.line(places.SCI_GSI, level)
         )
         self._pm.attach(pio, places.PM_BASE)
         pio.unclaimed("ignore")
@@ -184,13 +184,6 @@ class Pc:
             self._irq = -1
 
 
-_CHIPS = {
-    "pic-master": kvm.KVM_IRQCHIP_PIC_MASTER,
-    "pic-slave": kvm.KVM_IRQCHIP_PIC_SLAVE,
-    "ioapic": kvm.KVM_IRQCHIP_IOAPIC,
-}
-
-
 def boot(
     machine: Machine,
     kernel: Any,
@@ -209,7 +202,10 @@ def boot(
     """
     pc = Pc(machine, output)
     try:
-        acpi = build_acpi(cpus=len(machine.cpus), base=places.ACPI_BASE)
+        assert machine.irqchip is not None
+        acpi = build_acpi(
+            cpus=len(machine.cpus), base=places.ACPI_BASE, pic=machine.irqchip.has_pic
+        )
         pc.plan = plan = loaders.load(
             machine.memory,
             kernel,

@@ -20,6 +20,7 @@ from .common import (
     debug_option,
     device_option,
     json_option,
+    test_devices_option,
     write_json,
 )
 from .run import RunCommand
@@ -57,6 +58,14 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
     show_default=True,
     help="How to start the kernel.",
 )
+@click.option(
+    "--irqchip",
+    type=click.Choice(["kernel", "split"]),
+    default="kernel",
+    show_default=True,
+    help="Interrupt controllers; split: the IOAPIC in this process, no PIC, no PIT.",
+)
+@test_devices_option
 @click.option("--kaslr", is_flag=True, help="Let the image unpack and place itself (slower).")
 @click.option("--no-cache", is_flag=True, help="Do not keep the unpacked kernel.")
 @click.option("--system-map", type=click.Path(exists=True), help="Names for where it hangs.")
@@ -74,6 +83,8 @@ def boot(
     cpus: int,
     cpu_features: str,
     protocol: str,
+    irqchip: str,
+    test_devices: bool,
     kaslr: bool,
     no_cache: bool,
     system_map: str | None,
@@ -101,7 +112,12 @@ def boot(
     with nullcontext() if ioctls is None else _trace(ioctls):
         try:
             m = Machine(
-                memory, cpus=cpus, irqchip=True, pit=True, features=cpu_features, path=device
+                memory,
+                cpus=cpus,
+                irqchip=irqchip,
+                pit=irqchip == "kernel",
+                features=cpu_features,
+                path=device,
             )
         except ValueError as error:
             raise click.UsageError(str(error)) from error
@@ -116,6 +132,8 @@ def boot(
                 system_map=system_map,
                 output=output,
             )
+            if test_devices:
+                m.test_devices()
             if verbose:
                 for line in [repr(plan), *plan.notes]:
                     click.echo(f"pykvm: {line}", err=True)
@@ -124,14 +142,15 @@ def boot(
             with Terminal(m.console.write, commands):
                 result = m.run(timeout)
             panic, lines = m.pc.panic if m.pc is not None else "", m.console.lines(10)
+    code = exitcodes.exit_code(result, as_qemu=test_devices)
     if as_json:
-        write_json(_describe(kernel, result, panic, b"".join(output.kept)))
+        write_json(_describe(kernel, result, code, panic, b"".join(output.kept)))
     else:
         output.close_line()
         _tell(kernel, result, panic, lines, verbose)
     if output.error is not None:
         raise output.error
-    raise click.exceptions.Exit(exitcodes.exit_code(result))
+    raise click.exceptions.Exit(code)
 
 
 class _Output:
@@ -164,7 +183,8 @@ class _Output:
 
 def _tell(kernel: str, result: RunResult, panic: str, lines: list[str], verbose: bool) -> None:
     name = os.path.basename(kernel)
-    click.echo(f"pykvm: {name}: {result.reason} after {result.seconds:.3g} s", err=True)
+    code = "" if result.code is None else f" {result.code}"
+    click.echo(f"pykvm: {name}: {result.reason}{code} after {result.seconds:.3g} s", err=True)
     if panic:
         click.echo(f"  {panic}", err=True)
     for cpu in result.cpus:
@@ -194,12 +214,14 @@ def _advise(result: RunResult) -> None:
 _EXPLAINED = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
 
 
-def _describe(kernel: str, result: RunResult, panic: str, console: bytes) -> dict[str, Any]:
+def _describe(
+    kernel: str, result: RunResult, exit_code: int, panic: str, console: bytes
+) -> dict[str, Any]:
     return {
         "kernel": kernel,
         "reason": result.reason,
         "code": result.code,
-        "exit_code": exitcodes.exit_code(result),
+        "exit_code": exit_code,
         "panic": panic,
         "exits": result.exits,
         "seconds": result.seconds,

@@ -70,10 +70,19 @@ _BY_REASON = {
 }
 
 
-def exit_code(result: RunResult) -> int:
-    """The exit code that tells how a run ended."""
+def exit_code(result: RunResult, *, as_qemu: bool = False) -> int:
+    """The exit code that tells how a run ended.
+
+    Args:
+        result: the run's.
+        as_qemu: of a debug-exit with code N give 2 N + 1, as QEMU's process does.
+    """
     if result.reason == reasons.DEBUG_EXIT:
         code = result.code or 0
+        if as_qemu:
+            from pykvm.devices.debug_exit import qemu_status
+
+            return qemu_status(code)
         return min(GUEST + code, GUEST_LARGE) if code else OK
     return _BY_REASON[result.reason]
 

@@ -14,6 +14,8 @@ import pytest
 import pykvm
 from pykvm import result as reasons
 from pykvm.console import ExpectError
+from pykvm.devices import ioapic
+from pykvm.irqchip import SplitIrqchip
 from tests.support import linux_guest
 
 BOOT_SECONDS = 240.0
@@ -47,11 +49,17 @@ def start(images: dict[str, Path], initrd: Path) -> Iterator[Start]:
     machines: list[pykvm.Machine] = []
 
     def make(
-        do: str, *, flavour: str = "cloud", cpus: int = 1, memory: str = "256M", **options: object
+        do: str,
+        *,
+        flavour: str = "cloud",
+        cpus: int = 1,
+        memory: str = "256M",
+        irqchip: str = "kernel",
+        **options: object,
     ) -> pykvm.Machine:
         if flavour not in images:
             pytest.skip(f"PYKVM_KERNELS has no {flavour} kernel")
-        m = pykvm.Machine(memory, cpus=cpus, irqchip=True, pit=True)
+        m = pykvm.Machine(memory, cpus=cpus, irqchip=irqchip, pit=irqchip == "kernel")
         machines.append(m)
         cmdline = f"console=ttyS0 panic=-1 quiet do={do}"
         m.boot(images[flavour], initrd=initrd, cmdline=cmdline, **options)  # type: ignore[arg-type]
@@ -108,6 +116,30 @@ def test_what_is_typed_comes_back(start: Start) -> None:
     finally:
         m.stop()
         thread.join()
+
+
+def test_it_boots_on_the_split_irqchip_and_takes_input_through_it(start: Start) -> None:
+    m = start("echo", irqchip="split", cpus=2)
+    chip = m.irqchip
+    assert isinstance(chip, SplitIrqchip)
+    entries: list[int] = []
+
+    def answer() -> None:
+        m.console.expect(b"type something", BOOT_SECONDS)
+        entries.extend(chip.ioapic.state()["entries"])
+        m.console.write(b"hello from outside\n")
+
+    watcher = threading.Thread(target=answer, daemon=True)
+    watcher.start()
+    result = m.run(timeout=BOOT_SECONDS)
+    watcher.join()
+    text = m.console.transcript.decode()
+    assert result.reason == reasons.POWER_OFF, f"{result}\n{text[-2000:]}"
+    assert text.count("processor\t") == 2
+    assert "typed: <hello from outside>" in text
+    com1, sci = entries[4], entries[9]
+    assert not (com1 | sci) & ioapic.MASKED  # the interrupts of both do come this way
+    assert (com1 & ioapic.LEVEL, sci & ioapic.LEVEL) == (0, ioapic.LEVEL)
 
 
 def test_a_hang_is_told_with_the_place(start: Start) -> None:
