@@ -30,8 +30,11 @@ def refused(cpu: Cpu, ioctl: str) -> VcpuExitError:
     )
 
 
-def explain(cpu: Cpu, reason: str, exit: Any) -> VcpuExitError:
-    """Failed entry, internal error or shutdown of ``cpu``, with registers, code and cause."""
+def explain(cpu: Cpu, reason: str, exit: Any, advice: str = "") -> VcpuExitError:
+    """Failed entry, internal error or shutdown of ``cpu``, with registers, code and cause.
+
+    ``advice`` goes first.
+    """
     from pykvm.arch.x86_64 import explain as arch
 
     if reason == reasons.FAILED_ENTRY and exit is None:
@@ -49,7 +52,7 @@ def explain(cpu: Cpu, reason: str, exit: Any) -> VcpuExitError:
         )
     else:
         text = arch.explain_shutdown(sregs=sregs, **context)
-    return VcpuExitError(str(text), exit)
+    return VcpuExitError(f"{advice}\n{text}".lstrip(), exit)
 
 
 def incomplete(result: RunResult) -> PykvmError | None:
@@ -63,6 +66,8 @@ def incomplete(result: RunResult) -> PykvmError | None:
         asleep = [s.index for s in result.cpus if s.halted and not s.interrupts]
         if asleep:
             text += f"\ncpu {asleep[0]} executed HLT with interrupts off: it never wakes"
+    if result.advice:
+        text += f"\n{result.advice}"
     return RunError(text, result)
 
 

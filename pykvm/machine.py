@@ -16,7 +16,7 @@ from pykvm.host import cpuid_of_one, has_gigapages, host_of, ram
 from pykvm.kvm import Kvm
 from pykvm.memory import GuestMemory
 from pykvm.result import RunResult
-from pykvm.vcpu_thread import NEVER, End, Runner
+from pykvm.vcpu_thread import NEVER, RESERVED, End, Runner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self, TypeVar
 
+    from pykvm.background import Background
     from pykvm.boot import BootPlan
     from pykvm.console import Console
     from pykvm.devices.bus import Claim, Slot
@@ -105,6 +106,8 @@ class Machine(Hooks):
         self.irqchip: KernelIrqchip | SplitIrqchip | None = None
         self._features = features
         self._ending: End | None = None
+        self._running = False
+        self._background: Background | None = None
         self.pc: Pc | None = None
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
@@ -347,6 +350,71 @@ class Machine(Hooks):
             BusyError: a vCPU runs already, in another thread.
             ClosedError: the machine is closed.
         """
+        cpus = self._cpus_to_run(timeout, max_exits)
+        if isinstance(cpus, RunResult):
+            return cpus
+        if self._running:
+            raise self._busy()
+        self._running = True  # up to the try no call: neither a thread nor a signal comes between
+        try:
+            return self._run_them(cpus, timeout, max_exits)
+        finally:
+            self._running = False
+
+    def start(self, timeout: float | None = None, *, max_exits: int | None = None) -> Background:
+        """Run as :meth:`run` does, but in the background: the script goes on at once.
+
+        ::
+
+            with m.start(timeout=60) as running:
+                m.console.expect(b"login: ")
+                m.console.write(b"root\\n")
+                result = running.wait()
+
+        Leaving the ``with`` block, or closing the machine, stops the run.
+
+        Returns:
+            The run, to wait for and to stop.
+
+        Raises:
+            BusyError, ClosedError: as :meth:`run`; what handlers raise comes from ``wait()``.
+        """
+        from pykvm.background import Background
+
+        cpus = self._cpus_to_run(timeout, max_exits)
+        if isinstance(cpus, RunResult):
+            return Background(self, cpus)
+        if self._running:
+            raise self._busy()
+        self._running = True
+        try:
+            for cpu in cpus:
+                cpu._runner.owner = RESERVED
+            background = Background(self)
+            if self.pc is not None:
+                self.pc.run_begins()  # here, so that the console can be waited on at once
+            background.begin(lambda: self._run_them(cpus, timeout, max_exits))
+        except BaseException:
+            if self.pc is not None:
+                self.pc.run_ended()
+            self._background_ended()
+            raise
+        self._background = background
+        return background
+
+    def _background_ended(self) -> None:
+        for runner in self._runners:
+            if runner.owner == RESERVED:  # it never came to run
+                runner.owner = 0
+        self._running = False
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs now, in whatever thread."""
+        return self._running
+
+    def _cpus_to_run(self, timeout: float | None, max_exits: int | None) -> list[Cpu] | RunResult:
+        """Check what a run was asked for: the vCPUs for it, or why one of them cannot go on."""
         if self._closed:
             raise ClosedError("this machine is closed")
         if timeout is not None and not timeout >= 0:
@@ -359,8 +427,10 @@ class Machine(Hooks):
         for cpu in cpus:
             if cpu.ended:
                 return self._still_ended(cpu)
-        if any(runner.owner for runner in self._runners):
-            raise self._busy()
+        return cpus
+
+    def _run_them(self, cpus: list[Cpu], timeout: float | None, max_exits: int | None) -> RunResult:
+        """A run of these vCPUs; the machine is claimed for it."""
         before = sum(cpu._runner.c.exits for cpu in cpus)
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
@@ -404,7 +474,7 @@ class Machine(Hooks):
             if len(self.cpus) > 1:  # stop() was for this run, also where it reached none that ran
                 for runner in self._runners:
                     runner.forget_stop()
-        ending, self._ending = self._ending, None
+            ending, self._ending = self._ending, None
         if end.reason == reasons.STOPPED and ending is not None:
             end = ending
         if end.reason in _FATAL:
@@ -413,15 +483,19 @@ class Machine(Hooks):
 
     def _finish(self, result: RunResult, cpu: Cpu, cpus: list[Cpu]) -> None:
         """Say why, for every end but a plain halt."""
-        if result.reason in (reasons.TIMEOUT, reasons.INTERRUPTED):
+        if result.reason in reasons.WATCHED:
             result.cpus = tuple(each.state() for each in cpus)
             if self.pc is not None:
                 for state in result.cpus:
                     state.symbol = self.pc.symbol(state.rip)
+        if self.pc is not None and result.reason in _DOUBTFUL:
+            from pykvm.suitability import obstacle
+
+            result.advice = obstacle(self)
         if result.reason in _FATAL:
             from pykvm.diagnose import explain
 
-            result.error = explain(cpu, result.reason, result.exit)
+            result.error = explain(cpu, result.reason, result.exit, result.advice)
         elif not result.ok:
             from pykvm.diagnose import incomplete
 
@@ -457,6 +531,12 @@ class Machine(Hooks):
         for runner in self._runners:
             runner.stop()
 
+    def forget_stop(self) -> None:
+        """Take back a stop() that came when nothing ran: the next run goes on."""
+        self._ending = None
+        for runner in self._runners:
+            runner.forget_stop()
+
     # ---- life ----------------------------------------------------------------------------------
 
     @property
@@ -470,13 +550,15 @@ class Machine(Hooks):
         Views of the memory (``m.mem.view(…)``) stay valid; the mapping goes with the last one.
 
         Raises:
-            BusyError: a vCPU is running in another thread: stop() it and join that first.
+            BusyError: it runs, by run() in another thread: stop() it and join that first. A run
+                by start() is stopped here.
         """
-        for runner in self._runners:
-            if runner.owner:
-                raise self._busy()
         if self._closed:
             return
+        if self._background is not None:
+            self._background.close()
+        if self._running:
+            raise self._busy()
         self._closed = True
         for cpu in self.cpus:
             cpu.close()
@@ -511,3 +593,5 @@ class Machine(Hooks):
 
 
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
+_DOUBTFUL = (*_FATAL, reasons.TIMEOUT, reasons.UNSUPPORTED)
+"""How a stock kernel ends on a KVM that cannot run it."""

@@ -38,6 +38,9 @@ PANIC_END = b"---[ end Kernel panic"
 PANIC_GRACE = 2.0
 """Seconds that a kernel has to print the rest after it said that it panics."""
 
+_KERNEL_SIZE = 4 << 20
+"""Smaller ELF files are guests made by hand."""
+
 
 class PanicWatch:
     """Looks for a kernel's panic in what it prints. Called with batches, in the console's thread.
@@ -164,6 +167,14 @@ class Pc:
         if self.console.first_byte:
             phases["first_byte"] = self.console.first_byte - self.started
         return phases
+
+    @property
+    def is_linux(self) -> bool:
+        """Whether this looks like a stock Linux kernel: a bzImage, or another image of its size."""
+        plan = self.plan
+        if plan is None or plan.protocol == "multiboot":
+            return False
+        return bool(plan.version) or plan.kernel[1] >= _KERNEL_SIZE
 
     def symbol(self, address: int) -> str:
         """``name+0x12`` for an address of the kernel, or "" without its symbols."""

@@ -30,6 +30,9 @@ NEVER = (1 << 63) - 1
 UNLIMITED = (1 << 64) - 1
 """The exit limit of a run without one."""
 
+RESERVED = -1
+"""The owner of a vCPU that a thread is about to run."""
+
 
 class End:
     """Why one vCPU's part of a run ended; ``Machine`` makes the ``RunResult`` of it."""
@@ -74,7 +77,7 @@ class Runner:
     ) -> None:
         self.vcpu = vcpu
         self._page = vcpu.kvm_run  # C has a bare pointer to it
-        self.owner = 0  # ident of the thread that runs it
+        self.owner = 0  # ident of the thread that runs it, or RESERVED
         self._slots = slots
         self._buses = buses
         self._hooks = hooks
@@ -131,7 +134,7 @@ class Runner:
             lock: taken around every handler, where several vCPUs share them.
         """
         c = self.c
-        if self.owner:
+        if self.owner and self.owner != RESERVED:
             raise self._busy()
         page = self._page  # held, so that another thread's close() cannot take it from under C
         if page is None:
