@@ -289,7 +289,7 @@ next_stack: .long STACKS + 0x2000
 
 def image() -> Code:
     """The guest, with its addresses in the multiboot header."""
-    return asm(".intel_syntax noprefix; load:\n" + SOURCE, mode="prot32", at=AT)
+    return asm("load:\n" + SOURCE, mode="prot32", at=AT)
 
 
 def elf32() -> bytes:
