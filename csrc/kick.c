@@ -164,11 +164,12 @@ void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
 
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
 {
-    __atomic_store_n(&vcpu->stop, 1, __ATOMIC_SEQ_CST);
+    int own = current == vcpu;
+    __atomic_store_n(&vcpu->stop, own ? PYKVM_STOP_OWN : PYKVM_STOP_OTHER, __ATOMIC_SEQ_CST);
     set_immediate_exit(vcpu, 1);
     int32_t tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
     /* A handler that stops its own run is not in the guest.  Another thread's may be gone by now:
        ESRCH, and the next run finds `stop` set. */
-    if (tid && current != vcpu)
+    if (tid && !own)
         syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
 }

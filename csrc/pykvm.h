@@ -169,6 +169,12 @@ enum pykvm_pending {
     PYKVM_HANDED,     /* Python has another exit (PYKVM_EXIT); the next call goes on */
 };
 
+enum pykvm_stop {
+    PYKVM_STOP_NOT,
+    PYKVM_STOP_OTHER, /* by another thread, or before the run */
+    PYKVM_STOP_OWN,   /* by a handler of its own: once the instruction is complete */
+};
+
 struct pykvm_vcpu {
     struct kvm_run *run;
     struct pykvm_table *pio; /* swapped whole, also while running */
@@ -186,7 +192,7 @@ struct pykvm_vcpu {
     int32_t fd;
     int32_t tid;       /* the thread between begin and end, or 0 */
     int32_t error;     /* positive errno of the last failed KVM_RUN */
-    uint32_t stop;     /* somebody asked the run to end */
+    uint32_t stop;     /* somebody asked the run to end: enum pykvm_stop */
     uint8_t sync_regs; /* KVM_CAP_SYNC_REGS: else pykvm_vcpu_enter() does its work by ioctls */
     uint8_t trace;     /* return PYKVM_TRACED after every KVM_RUN, before serving the exit */
 };

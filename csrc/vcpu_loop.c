@@ -142,8 +142,16 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
     case PYKVM_UNANSWERED:
         if (pykvm_bus_answer(vcpu, answer))
             return PYKVM_BAD_ANSWER;
-        if (access->index < access->count) /* the other items of a string instruction */
+        if (access->index < access->count) { /* the other items of a string instruction */
+            /* They may be thousands: a stop or the deadline does not wait for them.  A stop by
+               their own handler does: after the run the instruction is complete then. */
+            if (__atomic_load_n(&vcpu->run->immediate_exit, __ATOMIC_SEQ_CST) &&
+                __atomic_load_n(&vcpu->stop, __ATOMIC_SEQ_CST) != PYKVM_STOP_OWN) {
+                access->pending = PYKVM_RETRY;
+                return failed(vcpu, EINTR);
+            }
             result = pykvm_bus_serve(vcpu);
+        }
         break;
     case PYKVM_RETRY:
         result = pykvm_bus_serve(vcpu);

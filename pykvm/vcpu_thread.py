@@ -329,6 +329,7 @@ class Runner:
     def _complete(self, c: Any) -> None:
         run = lib.pykvm_vcpu_run
         limit, c.exit_limit, c.deadline, c.trace = c.exit_limit, UNLIMITED, NEVER, 0
+        stopped = False
         try:
             while True:
                 c.run.immediate_exit = 1
@@ -337,10 +338,12 @@ class Runner:
                     c.access.pending = lib.PYKVM_UNANSWERED  # nobody made room: it is given up
                 elif word == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:
                     c.run.kvm_dirty_regs &= ~lib.KVM_SYNC_X86_SREGS  # refused, and in the way
-                elif word == lib.PYKVM_KICKED:
-                    c.stop = 1  # meant for a run
-                    return
-                elif word in (lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
+                elif word in (lib.PYKVM_KICKED, lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
+                    stopped |= word == lib.PYKVM_KICKED  # meant for a run
+                    if c.access.pending == lib.PYKVM_RETRY:
+                        continue  # more items of a string instruction
+                    if stopped:
+                        c.stop = lib.PYKVM_STOP_OTHER
                     return
         finally:
             c.exit_limit = limit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -104,35 +104,24 @@ def test_ends_are_told_apart(start: Start, do: str, reason: str) -> None:
 
 def test_what_is_typed_comes_back(start: Start) -> None:
     m = start("echo")
-    results: list[pykvm.RunResult] = []
-    thread = threading.Thread(target=lambda: results.append(m.run(timeout=BOOT_SECONDS)))
-    thread.start()
-    try:
+    with m.start(timeout=BOOT_SECONDS) as running:
         m.console.expect(b"type something", BOOT_SECONDS)
         m.console.write(b"hello from outside\n")
         m.console.expect(b"typed: <hello from outside>", BOOT_SECONDS)
         with pytest.raises(ExpectError, match="never printed"):
             m.console.expect(b"never printed", BOOT_SECONDS)
-    finally:
-        m.stop()
-        thread.join()
+        assert running.wait(BOOT_SECONDS).reason == reasons.POWER_OFF
 
 
 def test_it_boots_on_the_split_irqchip_and_takes_input_through_it(start: Start) -> None:
     m = start("echo", irqchip="split", cpus=2)
     chip = m.irqchip
     assert isinstance(chip, SplitIrqchip)
-    entries: list[int] = []
-
-    def answer() -> None:
+    with m.start(timeout=BOOT_SECONDS) as running:
         m.console.expect(b"type something", BOOT_SECONDS)
-        entries.extend(chip.ioapic.state()["entries"])
+        entries = chip.ioapic.state()["entries"]
         m.console.write(b"hello from outside\n")
-
-    watcher = threading.Thread(target=answer, daemon=True)
-    watcher.start()
-    result = m.run(timeout=BOOT_SECONDS)
-    watcher.join()
+        result = running.wait()
     text = m.console.transcript.decode()
     assert result.reason == reasons.POWER_OFF, f"{result}\n{text[-2000:]}"
     assert text.count("processor\t") == 2
@@ -142,20 +131,21 @@ def test_it_boots_on_the_split_irqchip_and_takes_input_through_it(start: Start) 
     assert (com1 & ioapic.LEVEL, sci & ioapic.LEVEL) == (0, ioapic.LEVEL)
 
 
-def test_a_hang_is_told_with_the_place(start: Start) -> None:
-    m = start("hang", cpus=2)
-
-    def watch() -> None:
+@pytest.mark.parametrize("cpus", [2, 16])
+def test_stop_ends_a_busy_linux_at_once_and_a_hang_is_told_with_the_place(
+    start: Start, cpus: int
+) -> None:
+    m = start("hang", cpus=cpus)
+    began = time.monotonic()
+    with m.start(timeout=BOOT_SECONDS) as running:
         m.console.expect(b"MARKER", BOOT_SECONDS)
-        m.stop()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    assert m.run(timeout=BOOT_SECONDS).reason == reasons.STOPPED
-    watcher.join()
+        print(f"{cpus} vCPUs: up after {time.monotonic() - began:.1f} s")
+        began = time.monotonic()
+        assert running.stop().reason == reasons.STOPPED
+        print(f"{cpus} vCPUs: stopped after {(time.monotonic() - began) * 1000:.0f} ms")
     result = m.run(timeout=1)
     assert result.reason == reasons.TIMEOUT
-    assert len(result.cpus) == 2
+    assert len(result.cpus) == cpus
 
 
 @pytest.mark.parametrize(("do", "code"), [("poweroff", 0), ("reboot", 9), ("panic", 10)])

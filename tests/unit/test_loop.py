@@ -92,6 +92,67 @@ def test_a_string_write_reaches_the_handler_item_by_item() -> None:
     assert fake.c.exits == 2
 
 
+def test_a_stop_from_outside_does_not_wait_for_the_rest_of_a_string_and_loses_none() -> None:
+    fake = FakeRun(pio(0xE9, b"hello"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        if len(seen) == 2:
+            with ThreadPoolExecutor(1) as other_thread:
+                other_thread.submit(fake.runner.stop).result()
+
+    fake.pio.handle(0xE9, handler)
+    assert run(fake).reason == reasons.STOPPED
+    assert bytes(seen) == b"he"
+    assert run(fake).reason == reasons.HALTED
+    assert bytes(seen) == b"hello"
+
+
+def test_the_deadline_does_not_wait_for_the_rest_of_a_string_either() -> None:
+    fake = FakeRun(pio(0xE9, b"hello"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        while len(seen) == 2 and not fake.c.run.immediate_exit:
+            time.sleep(0.001)  # until the timer has rung
+
+    fake.pio.handle(0xE9, handler)
+    assert run(fake, seconds=0.05).reason == reasons.TIMEOUT
+    assert bytes(seen) == b"he"
+    assert run(fake).reason == reasons.HALTED
+    assert bytes(seen) == b"hello"
+
+
+def test_a_stop_by_its_own_handler_finds_the_string_instruction_complete() -> None:
+    fake = FakeRun(pio(0xE9, b"hello"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        fake.runner.stop()
+
+    fake.pio.handle(0xE9, handler)
+    assert run(fake).reason == reasons.STOPPED
+    assert bytes(seen) == b"hello"
+
+
+def test_complete_gives_up_the_rest_of_a_string_that_was_cut_short() -> None:
+    fake = FakeRun(pio(0x1F0, count=4), HLT)
+
+    def handler(access: PioAccess) -> int:
+        with ThreadPoolExecutor(1) as other_thread:
+            other_thread.submit(fake.runner.stop).result()
+        return 7
+
+    fake.pio.handle(0x1F0, handler)
+    assert run(fake).reason == reasons.STOPPED
+    fake.runner.complete()
+    assert fake.answered(0, 4) == b"\x07\xff\xff\xff"
+    assert run(fake).reason == reasons.HALTED
+
+
 def test_a_string_read_is_answered_item_by_item() -> None:
     fake = FakeRun(pio(0x1F0, size=2, count=4), HLT)
     words = iter([1, 2, 3, 0xFFFF])
