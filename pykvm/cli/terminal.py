@@ -101,7 +101,7 @@ class Terminal:
                 os.close(self._wake)
         finally:
             if self._before is not None:
-                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
+                termios.tcsetattr(self._fd, termios.TCSANOW, self._before)  # never waits
 
     def _read(self) -> None:
         while True:

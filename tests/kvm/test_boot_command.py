@@ -70,7 +70,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         words = [sys.executable, "-m", "pykvm", "boot", str(tmp_path / "kernel"), "--no-cache"]
         process = subprocess.Popen(
             [*words, "--memory", "16M", *args],
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -154,6 +154,13 @@ def test_a_reader_that_has_left_ends_it_in_silence(start: Start) -> None:
     process.stdout.close()
     assert process.wait(60) == exitcodes.BROKEN_PIPE
     assert process.stderr.read() == b""
+
+
+def test_piped_input_is_the_guests_and_its_end_is_not_the_guests_end(start: Start) -> None:
+    process = start(tiny_kernel.elf(tiny_kernel.ECHO))
+    out, err = process.communicate(b"a\x01x\x03b.", timeout=60)  # no key of ours among them
+    assert out == b"ready\na\x01x\x03b"
+    assert process.returncode == exitcodes.OK, err
 
 
 # ---- a hang is told with its place ------------------------------------------------------------
