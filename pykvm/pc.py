@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pykvm.boot import BootPlan
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.machine import Machine
+    from pykvm.symbols import Symbols
 
 PANIC = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"
@@ -86,6 +87,7 @@ class Pc:
         self.plan: BootPlan | None = None
         self.started = time.monotonic()
         self.system_map: str | os.PathLike[str] | None = None
+        self._symbols: Symbols | None = None
         self._grace: threading.Timer | None = None
         self._irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
@@ -178,13 +180,19 @@ class Pc:
 
     def symbol(self, address: int) -> str:
         """``name+0x12`` for an address of the kernel, or "" without its symbols."""
-        from pykvm.symbols import Symbols
+        if self._symbols is None:
+            from pykvm.symbols import Symbols
 
-        if self.system_map is not None:
-            return Symbols.of_system_map(self.system_map).name(address)
-        if self.plan is not None and self.plan.symbols:
-            return Symbols(self.plan.symbols).name(address)
-        return ""
+            known = self.plan.symbols if self.plan is not None else {}
+            try:
+                self._symbols = (
+                    Symbols(known)
+                    if self.system_map is None
+                    else Symbols.of_system_map(self.system_map)
+                )
+            except (OSError, ValueError):  # bad further down: how the run ended matters more
+                self._symbols = Symbols(known)
+        return self._symbols.name(address)
 
     def close(self) -> None:
         """Give back what is ours; the claims go with the machine's buses."""
@@ -211,6 +219,10 @@ def boot(
 
     See ``Machine.boot``, which calls this.
     """
+    if system_map is not None:
+        from pykvm.symbols import check_system_map
+
+        check_system_map(system_map)
     pc = Pc(machine, output)
     try:
         assert machine.irqchip is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import select
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from typing import NamedTuple
 
 import pytest
 
+from pykvm import guestlib, suitability
 from pykvm import result as reasons
-from pykvm import suitability
 from pykvm.cli import exitcodes
 from pykvm.cli.main import cli
 from pykvm.result import RunResult
@@ -175,6 +176,30 @@ def test_a_timeout_names_the_place_by_the_system_map(boot: Boot, tmp_path: Path)
     assert "<startup_64+0x" in done.err
     assert "IF=0 [eb fe" in done.err
     assert "  | one\n  | two\n" in done.err
+
+
+def test_a_timeout_names_the_place_by_the_elf_files_own_symbols(boot: Boot) -> None:
+    done = boot(guestlib.find("c-guest").path / "c-guest.elf", "--timeout", "0.3")
+    assert done.code == exitcodes.TIMEOUT
+    assert re.search(r"rip 0x10[0-9a-f]+ <\w+(\+0x[0-9a-f]+)?> ", done.err)
+
+
+def test_a_system_map_that_is_none_is_told_before_anything_runs(boot: Boot, tmp_path: Path) -> None:
+    (tmp_path / "System.map").write_text("this is none\n")
+    kernel = tiny_kernel.elf(tiny_kernel.ENDS["timeout"])
+    done = boot(kernel, "--timeout", "0.1", "--system-map", str(tmp_path / "System.map"))
+    assert done.code in (exitcodes.ERROR, exitcodes.USAGE)
+    assert "line 1 is no symbol" in done.err
+
+
+def test_a_system_map_that_is_bad_further_down_does_not_lose_the_result(
+    boot: Boot, tmp_path: Path
+) -> None:
+    (tmp_path / "System.map").write_text("0000000000200000 T startup_64\nnone\n")
+    kernel = tiny_kernel.elf(tiny_kernel.ENDS["timeout"])
+    done = boot(kernel, "--timeout", "0.1", "--system-map", str(tmp_path / "System.map"))
+    assert done.code == exitcodes.TIMEOUT
+    assert "rip 0x200000 IF=0" in done.err
 
 
 def test_a_halt_with_interrupts_off_is_told(boot: Boot) -> None:
