@@ -133,15 +133,15 @@ static int64_t failed(struct pykvm_vcpu *vcpu, int error)
     }
 }
 
-int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
+int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
     int64_t result = PYKVM_SERVED;
 
     switch (access->pending) {
     case PYKVM_UNANSWERED:
-        if (pykvm_bus_answer(vcpu, answer))
-            return PYKVM_BAD_ANSWER;
+    case PYKVM_ASKED:
+        pykvm_bus_answer(vcpu, answer);
         if (access->index < access->count) { /* the other items of a string instruction */
             /* They may be thousands: a stop or the deadline does not wait for them.  A stop by
                their own handler does: after the run the instruction is complete then. */
@@ -184,5 +184,5 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
 
 int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu)
 {
-    return pykvm_vcpu_answer(vcpu, -1);
+    return pykvm_vcpu_answer(vcpu, PYKVM_ALL_ONES);
 }

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pykvm.background import Background
     from pykvm.boot import BootPlan
     from pykvm.console import Console
-    from pykvm.devices.bus import Claim, Slot
+    from pykvm.devices.bus import Claim, Handler
     from pykvm.host import Host
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.kvm import Vm
@@ -99,7 +99,7 @@ class Machine(Hooks):
         kind = self._irqchip_kind(irqchip, pit, pic)
         self.cpus: tuple[Cpu, ...] = ()
         self._runners: list[Runner] = []
-        self._slots: list[Slot] = []
+        self._slots: list[Handler] = []
         self._hooks: dict[int, Callable[[Any], object]] = {}
         self._msrs: dict[int, Callable[[Any], object]] = {}
         self._closed = False

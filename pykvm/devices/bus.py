@@ -12,7 +12,6 @@ import time
 from _thread import RLock
 
 from pykvm._abi import ffi, lib
-from pykvm.devices.access import Access, MmioAccess, PioAccess
 from pykvm.devices.ring import KEEP_BYTES, Fifo, Log, RingDevice
 from pykvm.errors import BusOverlapError
 
@@ -21,10 +20,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pykvm.devices.access import Access
     from pykvm.devices.serial import Serial
 
     Handler = Callable[[Any], int | None]
-    Slot = tuple[Handler, type[Access], int]
     DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
 
 ALL_ONES = -1
@@ -158,7 +157,7 @@ class Bus:
     def __init__(
         self,
         name: str,
-        slots: list[Slot],
+        slots: list[Handler],
         doorbell: DoorbellFn | None = None,
         lock: RLock | None = None,
     ) -> None:
@@ -166,7 +165,6 @@ class Bus:
             raise ValueError(f'a bus is "pio" or "mmio", not {name!r}')
         self.name = name
         self._limit = 0x10000 if name == "pio" else 1 << 64
-        self._kind: type[Access] = PioAccess if name == "pio" else MmioAccess
         self._slots = slots
         self._doorbell = doorbell
         self._lock = lock or RLock()
@@ -182,8 +180,9 @@ class Bus:
     def handle(self, first: int, handler: Handler, length: int = 1) -> Claim:
         """Serve ``length`` addresses from ``first`` by a Python handler.
 
-        The handler gets a :class:`PioAccess` or :class:`MmioAccess`; what it returns answers a
-        read (None answers all ones). An access belongs to the range in which it begins.
+        The handler gets a ``PioAccess`` or ``MmioAccess`` (:mod:`pykvm.devices.access`); what it
+        returns answers a read (None answers all ones). An access belongs to the range in which it
+        begins.
         """
         if not callable(handler):
             raise TypeError(f"a handler must be callable, not {type(handler).__name__}")
@@ -357,15 +356,15 @@ class Bus:
         its way.
         """
         self._let_go()
-        entry = (claim.handler or _no_handler, self._kind, claim.first)
+        handler = claim.handler or _no_handler
         full = len(self._slots) >= lib.PYKVM_SLOTS
-        for number, (handler, _, _) in enumerate(self._slots):
-            if handler is _free or (full and handler is _released):
-                self._slots[number] = entry
+        for number, taken in enumerate(self._slots):
+            if taken is _free or (full and taken is _released):
+                self._slots[number] = handler
                 return number
         if full:
             raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
-        self._slots.append(entry)
+        self._slots.append(handler)
         return len(self._slots) - 1
 
     def release(self, claim: Claim) -> None:
@@ -381,7 +380,7 @@ class Bus:
                 assert self._doorbell is not None
                 self._doorbell(claim, size, datamatch, False)
             claim.in_kernel.clear()
-            self._slots[claim.slot] = (_released, self._kind, claim.first)
+            self._slots[claim.slot] = _released
             self._changed(claim)
 
     # ---- looking up ----------------------------------------------------------------------------
@@ -452,8 +451,8 @@ class Bus:
             if any(vcpu.tid and vcpu.entries == entries for vcpu, entries in since):
                 self._retired.append((since, table, claim))
             elif claim is not None:
-                if self._slots[claim.slot][0] is _released:
-                    self._slots[claim.slot] = (_free, self._kind, 0)
+                if self._slots[claim.slot] is _released:
+                    self._slots[claim.slot] = _free
                 claim._close()
 
     def _build(self) -> Any:

@@ -37,6 +37,7 @@ ABI_USERS = {
     "devices.bus": "fills the table of ranges that C looks addresses up in",
     "devices.ring": "drains the rings that C fills",
     "devices.serial": "the registers of a UART, which C serves",
+    "devices.access": "what C makes of an access for its handler",
     "vcpu_thread": "drives the run loop in C",
     "cpu": "registers in the run page, by KVM_CAP_SYNC_REGS",
     "machine": "the numbers of exit reasons and flags",
