@@ -10,14 +10,14 @@ static struct pykvm_range *find(const struct pykvm_table *table, uint64_t addres
     if (!table)
         return NULL;
     if (*hint < table->count) { /* guests hit the same register again and again */
-        struct pykvm_range *range = &table->ranges[*hint];
+        struct pykvm_range *range = table->ranges[*hint];
         if (range->first <= address && address <= range->last)
             return range;
     }
     uint32_t low = 0, high = table->count;
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
-        struct pykvm_range *range = &table->ranges[middle];
+        struct pykvm_range *range = table->ranges[middle];
         if (address < range->first) {
             high = middle;
         } else if (address > range->last) {
@@ -151,8 +151,8 @@ int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu)
             return ask_python(access, PYKVM_UNCLAIMED);
         access->slot = range->slot;
         access->offset = access->address - range->first;
-        if (first_try && range->hits)
-            __atomic_fetch_add(range->hits, 1, __ATOMIC_RELAXED);
+        if (first_try)
+            __atomic_fetch_add(&range->hits, 1, __ATOMIC_RELAXED);
         int64_t result = serve_item(vcpu, range);
         if (result != PYKVM_SERVED)
             return result;

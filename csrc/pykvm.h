@@ -21,6 +21,10 @@
 /* One ioctl: its result (>= 0), or -errno.  EINTR is not retried: signals must reach Python. */
 int64_t pykvm_ioctl(int fd, unsigned long request, void *arg);
 
+/* Map the pages that a vCPU's file descriptor shares: NULL, and errno, on failure. */
+struct kvm_run *pykvm_run_map(int fd, uint64_t size);
+void pykvm_run_unmap(struct kvm_run *run, uint64_t size);
+
 /* ---- actions: what C does with an access, without Python ------------------------------------ */
 
 enum pykvm_action {
@@ -126,7 +130,7 @@ struct pykvm_range {
     uint64_t value; /* what CONSTANT (and others, see above) answer */
     struct pykvm_ring *out;
     struct pykvm_ring *in;
-    uint64_t *hits; /* counts every access, whoever serves it */
+    uint64_t hits;  /* every access, whoever serves it; the one field that changes */
     void *device;   /* UART, CLOCK */
     int32_t fd;     /* EVENTFD */
     uint16_t slot;  /* of the Python handler, below PYKVM_SLOTS */
@@ -137,7 +141,7 @@ struct pykvm_range {
 /* Sorted by `first`, without overlap.  A table never changes: a new one takes its place. */
 struct pykvm_table {
     uint32_t count;
-    struct pykvm_range *ranges;
+    struct pykvm_range **ranges;
     struct pykvm_range *rest; /* serves every address that no range has; or NULL */
 };
 

@@ -13,6 +13,7 @@ from _thread import get_ident
 from pykvm._abi import ffi, lib
 from pykvm._abi._cpython import GeneralRegisters
 from pykvm.errors import BusyError, ClosedError
+from pykvm.kvm.ioctl import call
 from pykvm.registers import Control, SegmentSlot, TableSlot
 from pykvm.result import CpuState
 from pykvm.vcpu_thread import Runner
@@ -130,8 +131,6 @@ class Cpu(GeneralRegisters):
         return BusyError(f"cpu {self.index} is running in another thread: stop() it first")
 
     def _fetch(self, name: str, struct: Any) -> None:
-        from pykvm.kvm.ioctl import call
-
         call(self._vcpu, name, ffi.addressof(struct))
 
     def flush(self) -> None:
@@ -233,12 +232,24 @@ class Cpu(GeneralRegisters):
 
         if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
             self._forget_history()
+        # One machine after the other is entered alike: all that changes is copied at once then.
+        key = None if options else (mode, entry, ring, iopl, tables, self._gigapages)
         if mode == "long64" and "gigapages" not in options:
             options["gigapages"] = self._gigapages
+        sregs = self.load_sregs()
+        known = _entered.get(key) if key else None
         set_up = modes.enter(
-            mode, sregs=self.load_sregs(), regs=self.load_regs(), memory=self.memory,
+            mode, sregs=None if known else sregs, regs=self.load_regs(), memory=self.memory,
             entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,
         )  # fmt: skip
+        if known:
+            segments, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = known
+            ffi.memmove(ffi.addressof(sregs), segments, _SEGMENTS)
+        elif key:
+            if len(_entered) >= _MOST_KEPT:
+                _entered.clear()
+            segments = ffi.buffer(ffi.addressof(sregs), _SEGMENTS)[:]
+            _entered[key] = segments, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer
         self.dirty(REGS | SREGS)
         self.ended = ""
         return set_up
@@ -297,6 +308,13 @@ class Cpu(GeneralRegisters):
         return (
             f"<Cpu {self.index}{' ' + self.ended if self.ended else ''}>\n{self.regs}\n{self.sregs}"
         )
+
+
+_entered: dict[tuple[Any, ...], tuple[bytes, int, int, int, int]] = {}
+"""What enter() makes of SREGS, by its arguments: the segments as bytes, CR0, CR3, CR4, EFER."""
+_MOST_KEPT = 16
+_SEGMENTS = ffi.offsetof("struct kvm_sregs", "cr0")
+"""Bytes of all segment and descriptor-table registers, which come first."""
 
 
 class _Closed:

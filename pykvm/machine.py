@@ -12,8 +12,7 @@ from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
 from pykvm.errors import BusyError, ClosedError
 from pykvm.hooks import Hooks
-from pykvm.host import cpuid_of_one, has_gigapages, host_of, ram
-from pykvm.kvm import Kvm
+from pykvm.host import cpuid_of_one, has_gigapages, open_kvm, ram
 from pykvm.memory import GuestMemory
 from pykvm.result import RunResult
 from pykvm.vcpu_thread import NEVER, RESERVED, End, Runner
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from pykvm.devices.bus import Claim, Handler
     from pykvm.host import Host
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
-    from pykvm.kvm import Vm
+    from pykvm.kvm import Kvm, Vm
     from pykvm.pc import Pc
 
     Function = TypeVar("Function", bound=Callable[..., Any])
@@ -112,12 +111,13 @@ class Machine(Hooks):
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
         self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
-        self.kvm = Kvm(path)
+        self.kvm: Kvm
+        self.kvm, host = open_kvm(path)
         try:
             self.vm: Vm = self.kvm.create_vm()
             try:
                 self.memory = memory if isinstance(memory, GuestMemory) else ram(memory)
-                self._populate(cpus, kind, pit, pic, cpuid)
+                self._populate(cpus, kind, pit, pic, cpuid, host)
             except BaseException:
                 self.close()
                 raise
@@ -141,7 +141,13 @@ class Machine(Hooks):
         return kind
 
     def _populate(
-        self, cpus: int, kind: str | None, pit: bool, pic: str, cpuid: str | list[Any] | None
+        self,
+        cpus: int,
+        kind: str | None,
+        pit: bool,
+        pic: str,
+        cpuid: str | list[Any] | None,
+        host: Host,
     ) -> None:
         self.memory.attach(self._register)
         irqchip = kind is not None
@@ -157,7 +163,6 @@ class Machine(Hooks):
                 if pic == "bios":
                     chip.program_pic_as_bios()
             self._prepare_for_intel()
-        host = host_of(self.kvm)
         entries, for_first, gigapages = self._cpuid(cpuid, host)
         features = self._wanted_features()
         made = []

@@ -45,11 +45,12 @@ class Claim:
         value: what reads answer where the action does not say.
         handler: the Python handler, or None.
         device: the :class:`Fifo`, :class:`Log`, ``Serial`` or :class:`Clock` behind it, or None.
+        c: the ``struct pykvm_range``, once it is on the bus.
         fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
     """
 
     __slots__ = (
-        "_hits", "bus", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
+        "bus", "c", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
         "on_write", "slot", "tag", "value",
     )  # fmt: skip
 
@@ -67,7 +68,6 @@ class Claim:
         fd: int = -1,
     ) -> None:
         self.bus = bus
-        self._hits = ffi.new("uint64_t *")
         self.first = first
         self.last = last
         self.on_read = on_read
@@ -79,11 +79,27 @@ class Claim:
         self.tag = tag
         self.slot = 0
         self.in_kernel: list[tuple[int, int | None]] = []
+        self.c: Any = None
 
     @property
     def hits(self) -> int:
         """Accesses so far. Those that an in-kernel ioeventfd took do not reach us to be counted."""
-        return int(self._hits[0])
+        return 0 if self.c is None else int(self.c.hits)
+
+    def place(self, slot: int) -> None:
+        """Take a slot, and make the range for C."""
+        self.slot = slot
+        self.c = c = ffi.new("struct pykvm_range *")
+        c.first, c.last, c.value = self.first, self.last, self.value
+        c.on_read, c.on_write, c.slot, c.fd = self.on_read, self.on_write, slot, self.fd
+        device = self.device
+        if device is not None:
+            if isinstance(device, RingDevice):
+                c.out = device.output.c
+            if isinstance(device, Fifo):
+                setattr(c, "in", device.input.c)
+            elif self.on_read in _IN_DEVICE:
+                c.device = device.c
 
     def release(self) -> None:
         """Give the range back; its eventfds are closed. Idempotent."""
@@ -295,7 +311,7 @@ class Bus:
             log = Log(sink=sink, keep=keep)
             ones = (1 << 64) - 1
             rest = Claim(self, 0, self._limit - 1, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
-        rest.slot = self._take_slot(rest)
+        rest.place(self._take_slot(rest))
         self._rest = rest
         self._changed()
         return rest
@@ -344,7 +360,7 @@ class Bus:
             for other in claims[max(at - 1, 0) : at + 1]:
                 if other.first <= claim.last and claim.first <= other.last:
                     raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
-            claim.slot = self._take_slot(claim)
+            claim.place(self._take_slot(claim))
             self._claims = [*claims[:at], claim, *claims[at:]]
             self._changed()
         return claim
@@ -355,7 +371,8 @@ class Bus:
         That of a claim just released is taken only for want of others: an access to it may be on
         its way.
         """
-        self._let_go()
+        if self._retired:
+            self._let_go()
         handler = claim.handler or _no_handler
         full = len(self._slots) >= lib.PYKVM_SLOTS
         for number, taken in enumerate(self._slots):
@@ -438,8 +455,9 @@ class Bus:
             setattr(vcpu, self.name, self._table[0])
         # Asked last: a loop that begins from here on uses the new table.
         since = [(vcpu, vcpu.entries) for vcpu in self._vcpus if vcpu.tid]
-        self._retired.append((since, before, released))
-        self._let_go()
+        if since or released is not None or self._retired:
+            self._retired.append((since, before, released))
+            self._let_go()
 
     def _let_go(self) -> None:
         """Free what was retired before every vCPU ended its run or entered the guest anew.
@@ -457,24 +475,13 @@ class Bus:
 
     def _build(self) -> Any:
         claims = self._all()
-        ranges = ffi.new("struct pykvm_range[]", max(len(claims), 1))
-        for c, claim in zip(ranges, claims, strict=False):
-            c.first, c.last, c.value = claim.first, claim.last, claim.value
-            c.on_read, c.on_write, c.slot = claim.on_read, claim.on_write, claim.slot
-            c.hits = claim._hits
-            if isinstance(claim.device, RingDevice):
-                c.out = claim.device.output.c
-            if isinstance(claim.device, Fifo):
-                setattr(c, "in", claim.device.input.c)
-            elif claim.on_read in _IN_DEVICE:
-                c.device = claim.device.c
-            c.fd = claim.fd
+        ranges = ffi.new("struct pykvm_range *[]", [claim.c for claim in claims])
         table = ffi.new("struct pykvm_table *")
         table.count = len(self._claims)
         table.ranges = ranges
         if self._rest is not None:
-            table.rest = ranges + len(self._claims)
-        return table, ranges, claims  # the claims keep hits, rings and devices alive
+            table.rest = self._rest.c
+        return table, ranges, claims  # the claims keep ranges, rings and devices alive
 
 
 _IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK)

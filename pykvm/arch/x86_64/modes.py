@@ -95,6 +95,7 @@ def enter(
         mode: ``real16``; ``prot32``, flat and without paging; ``long64``, flat and identity-mapped.
         sregs, regs: changed in place. Of ``regs`` RIP, RSP and RFLAGS are set, all of the segments
             and descriptor tables of ``sregs``, CR0, CR3, CR4 and EFER; the rest is left alone.
+            None for ``sregs`` leaves those to a caller who knows what the same arguments make.
         memory: guest-physical memory; real16 does not touch it.
         entry: guest-physical address of the first instruction.
         stack: first stack pointer; by default 0x8000 above ``tables``.
@@ -149,6 +150,9 @@ def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
         raise ValueError(f"stack {done.stack:#x}: SP has 16 bits in real mode, and SS is 0")
     # Below 64 KiB CS is 0, so that the offsets in the code are the addresses it is loaded at.
     selector = min(done.entry >> 4, 0xFFFF) if done.entry > 0xFFFF else 0
+    regs.rip = done.entry - (selector << 4)
+    if sregs is None:
+        return
     real_mode(selector, code=True).apply(sregs.cs)
     segment = real_mode(0)
     for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -158,7 +162,6 @@ def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
     sregs.gdt.base, sregs.gdt.limit = 0, 0xFFFF
     sregs.idt.base, sregs.idt.limit = 0, 0x3FF
     sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_REAL, 0, 0, 0
-    regs.rip = done.entry - (selector << 4)
 
 
 def _check_addresses(done: Entry, tables: int) -> None:
@@ -223,6 +226,8 @@ class _Descriptors:
         """Write both tables, and load every segment register."""
         memory[self.gdt_base : self.gdt_base + len(self.gdt)] = self.gdt
         memory[self.tss_base : self.tss_base + len(self.tss)] = self.tss
+        if sregs is None:
+            return
         self.code.apply(sregs.cs)
         stack = self.stack
         for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -277,7 +282,8 @@ def _prot32(done: Entry, sregs: Any, memory: Any, tables: int) -> None:
     if tables >= 1 << 32:
         raise ValueError(f"tables {tables:#x} does not fit into 32 bits")
     _segments(done, sregs, memory, tables, 0, long=False)
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
+    if sregs is not None:
+        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
 
 
 def _long64(
@@ -294,12 +300,17 @@ def _long64(
     pages = _identity_map(memory, tables, map_size, gigapages, perms)
     done.page_tables = pages
     _segments(done, sregs, memory, tables, iopl, long=True)
+    if sregs is None:
+        return
     sregs.cr0 = _CR0_PROTECTED | _CR0_PAGING
     sregs.cr3, sregs.cr4 = pages.cr3, _CR4_PAE | _CR4_SSE
     sregs.efer = _EFER_LONG | (_EFER_NXE if pages.needs_nx else 0)
 
 
 def _load_idt(done: Entry, sregs: Any, memory: Any, idt: Idt | None) -> None:
+    if sregs is None:
+        assert idt is None
+        return
     if idt is None:
         sregs.idt.base, sregs.idt.limit = 0, 0
         return
