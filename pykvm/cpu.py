@@ -48,8 +48,8 @@ class Cpu(GeneralRegisters):
     """
 
     __slots__ = (
-        "_gigapages", "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported",
-        "_vcpu", "ended", "index", "memory",
+        "_gigapages", "_power_on", "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at",
+        "_supported", "_vcpu", "ended", "index", "memory",
     )  # fmt: skip
 
     def __init__(
@@ -60,6 +60,7 @@ class Cpu(GeneralRegisters):
         memory: GuestMemory,
         supported: list[Any],
         gigapages: bool,
+        power_on: dict[str, bytes] | None = None,
     ) -> None:
         self.index = index
         self.memory = memory
@@ -69,6 +70,7 @@ class Cpu(GeneralRegisters):
         self.bind(runner.address)
         self._supported = supported
         self._gigapages = gigapages
+        self._power_on = power_on  # what the same vCPU said before it ran; None: ask it
         self._run = run = vcpu.kvm_run
         self._regs = run.s.regs.regs
         self._sregs = run.s.regs.sregs
@@ -131,7 +133,16 @@ class Cpu(GeneralRegisters):
         return BusyError(f"cpu {self.index} is running in another thread: stop() it first")
 
     def _fetch(self, name: str, struct: Any) -> None:
-        call(self._vcpu, name, ffi.addressof(struct))
+        power_on = self._power_on
+        if power_on is None or self._runner.c.entries:
+            call(self._vcpu, name, ffi.addressof(struct))
+            return
+        known = power_on.get(name)
+        if known is None:
+            call(self._vcpu, name, ffi.addressof(struct))
+            power_on[name] = ffi.buffer(ffi.addressof(struct))[:]
+        else:
+            ffi.memmove(ffi.addressof(struct), known, len(known))
 
     def flush(self) -> None:
         """Write changed registers back now, by KVM_SET_REGS and KVM_SET_SREGS.
@@ -161,6 +172,7 @@ class Cpu(GeneralRegisters):
         Changed registers are written back first, and are read anew afterwards.
         """
         self.flush()
+        self._power_on = None
         self._run.kvm_valid_regs = 0
         self._regs_at = self._sregs_at = -1
         return self._vcpu

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
 class Host:
     """What never changes about a KVM, asked once."""
 
-    __slots__ = ("cpuid", "kvm", "sync_regs")
+    __slots__ = ("cpuid", "kvm", "power_on", "sync_regs")
 
     def __init__(self, kvm: Kvm) -> None:
         self.kvm = kvm
+        # KVM_GET_REGS and KVM_GET_SREGS of a lone vCPU just made; filled as they are asked.
+        self.power_on: dict[str, bytes] = {}
         entries = kvm.get_supported_cpuid()
         # The entries, as KVM_SET_CPUID2 takes them for the first vCPU, and one fact out of them.
         self.cpuid = entries, cpuid_of_one(entries), has_gigapages(entries)

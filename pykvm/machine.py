@@ -165,6 +165,7 @@ class Machine(Hooks):
             self._prepare_for_intel()
         entries, for_first, gigapages = self._cpuid(cpuid, host)
         features = self._wanted_features()
+        power_on = host.power_on if cpus == 1 and not irqchip else None
         made = []
         for index in range(cpus):
             vcpu = self.vm.create_vcpu(index)
@@ -187,7 +188,7 @@ class Machine(Hooks):
                     vcpu.set_cpuid2(
                         prepare(entries, index, cpus, irqchip=irqchip, features=features)
                     )
-            made.append(Cpu(index, vcpu, runner, self.memory, entries, gigapages))
+            made.append(Cpu(index, vcpu, runner, self.memory, entries, gigapages, power_on))
         self.cpus = tuple(made)
 
     def _prepare_for_intel(self) -> None:
