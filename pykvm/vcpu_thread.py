@@ -12,7 +12,6 @@ from _thread import get_ident
 
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
-from pykvm.devices.ring import RingDevice
 from pykvm.errors import BusyError, ClosedError, KvmError
 from pykvm.kvm import ioctl
 
@@ -214,7 +213,7 @@ class Runner:
             return None
         if outcome == lib.PYKVM_FULL:
             claim = self._claim()
-            if claim is not None and isinstance(claim.device, RingDevice):
+            if claim is not None and claim.drains:
                 self._call(lock, claim.device.drain)
             return None  # else it was released meanwhile, and C finds who serves it now
         if outcome == lib.PYKVM_UNCLAIMED:

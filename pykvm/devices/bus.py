@@ -12,7 +12,7 @@ import time
 from _thread import RLock
 
 from pykvm._abi import ffi, lib
-from pykvm.devices.ring import KEEP_BYTES, Fifo, Log, RingDevice
+from pykvm.devices import KEEP_BYTES
 from pykvm.errors import BusOverlapError
 
 TYPE_CHECKING = False
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.devices.access import Access
+    from pykvm.devices.ring import Fifo, Log
     from pykvm.devices.serial import Serial
 
     Handler = Callable[[Any], int | None]
@@ -82,6 +83,11 @@ class Claim:
         self.c: Any = None
 
     @property
+    def drains(self) -> bool:
+        """Whether a ring lies between C and its device, which ``device.drain()`` empties."""
+        return hasattr(self.device, "drain")
+
+    @property
     def hits(self) -> int:
         """Accesses so far. Those that an in-kernel ioeventfd took do not reach us to be counted."""
         return 0 if self.c is None else int(self.c.hits)
@@ -92,14 +98,13 @@ class Claim:
         self.c = c = ffi.new("struct pykvm_range *")
         c.first, c.last, c.value = self.first, self.last, self.value
         c.on_read, c.on_write, c.slot, c.fd = self.on_read, self.on_write, slot, self.fd
-        device = self.device
-        if device is not None:
-            if isinstance(device, RingDevice):
-                c.out = device.output.c
-            if isinstance(device, Fifo):
-                setattr(c, "in", device.input.c)
-            elif self.on_read in _IN_DEVICE:
-                c.device = device.c
+        actions = (self.on_read, self.on_write)
+        if lib.PYKVM_LOG in actions or lib.PYKVM_FIFO in actions:
+            c.out = self.device.output.c
+        if lib.PYKVM_FIFO in actions:
+            setattr(c, "in", self.device.input.c)
+        elif self.on_read in _IN_DEVICE:
+            c.device = self.device.c
 
     def release(self) -> None:
         """Give the range back; its eventfds are closed. Idempotent."""
@@ -110,7 +115,7 @@ class Claim:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-        if isinstance(self.device, (Fifo, Log)):
+        if self.on_write in (lib.PYKVM_FIFO, lib.PYKVM_LOG):  # made for this claim alone
             self.device.close()
 
     def __repr__(self) -> str:
@@ -230,6 +235,8 @@ class Bus:
             The :class:`~pykvm.devices.ring.Log`; ``read()`` it, or give a ``sink``, which is called
             with batches of records.
         """
+        from pykvm.devices.ring import Log
+
         log = Log(capacity=capacity, sink=sink, keep=keep)
         self._claim(first, length, lib.PYKVM_LOG, lib.PYKVM_LOG, value, device=log)
         return log
@@ -252,6 +259,8 @@ class Bus:
             sink: is called with batches of bytes instead of keeping them for ``read()``.
             keep: how many unread bytes are kept before the run ends in a RingFullError.
         """
+        from pykvm.devices.ring import Fifo
+
         fifo = Fifo(capacity=capacity, sink=sink, keep=keep)
         self._claim(first, 1, lib.PYKVM_FIFO, lib.PYKVM_FIFO, empty, device=fifo)
         return fifo
@@ -308,6 +317,8 @@ class Bus:
         if action == "ignore":
             rest = Claim(self, 0, self._limit - 1, lib.PYKVM_IGNORE, lib.PYKVM_IGNORE)
         else:
+            from pykvm.devices.ring import Log
+
             log = Log(sink=sink, keep=keep)
             ones = (1 << 64) - 1
             rest = Claim(self, 0, self._limit - 1, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
@@ -422,7 +433,7 @@ class Bus:
     def drain(self) -> None:
         """Empty every ring into its Python end; over the limit, what is in the ring waits there."""
         for claim in self._all():
-            if isinstance(claim.device, RingDevice):
+            if claim.drains:
                 claim.device.drain(at_end=True)
 
     def _all(self) -> tuple[Claim, ...]:

@@ -18,7 +18,6 @@ from . import backing as _backing
 from .region import Region
 from .region_map import GPA_LIMIT, RegionMap
 from .units import checked_int, format_size, parse_size
-from .words import Words
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from .backing import Backing
     from .region_map import Piece
+    from .words import Words
 
     Plain = bytes | memoryview
     # first gpa, end gpa, mapping, the gpa of the mapping's byte 0
@@ -93,6 +93,8 @@ class GuestMemory:
         width = _WIDTHS.get(name)
         if width is None:
             raise AttributeError(f"GuestMemory has no attribute {name!r}")
+        from .words import Words
+
         words = Words(self._map, width)
         setattr(self, name, words)
         return words
