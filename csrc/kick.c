@@ -164,11 +164,6 @@ void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
     }
 }
 
-int pykvm_vcpu_mine(const struct pykvm_vcpu *vcpu)
-{
-    return current == vcpu || !__atomic_load_n(&vcpu->tid, __ATOMIC_RELAXED);
-}
-
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
 {
     int own = current == vcpu;

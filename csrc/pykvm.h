@@ -197,6 +197,7 @@ struct pykvm_vcpu {
     int32_t fd;
     int32_t tid;       /* the thread between begin and end, or 0 */
     int32_t error;     /* positive errno of the last failed KVM_RUN */
+    uint64_t owner;    /* the thread that uses it for a run (Python ident), PYKVM_RESERVED or 0 */
     uint32_t stop;     /* somebody asked the run to end: enum pykvm_stop */
     uint8_t sync_regs; /* KVM_CAP_SYNC_REGS: else pykvm_vcpu_enter() does its work by ioctls */
     uint8_t trace;     /* return PYKVM_TRACED after every KVM_RUN, before serving the exit */
@@ -219,6 +220,7 @@ enum pykvm_outcome {
 
 enum {
     PYKVM_SLOTS = 4096,
+    PYKVM_RESERVED = 1, /* the owner of a vCPU that a thread is about to run */
     PYKVM_HEARTBEAT_MS = 500, /* the longest that a signal can wait for Python */
 };
 
@@ -287,8 +289,6 @@ int pykvm_fake_enter(struct pykvm_vcpu *vcpu);
 int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu);
 /* Python's answer to the pending item, of which the low bytes count. */
 void pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
-/* Whether no other thread runs the vCPU, as far as a glance can tell. */
-int pykvm_vcpu_mine(const struct pykvm_vcpu *vcpu);
 /* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
 int64_t pykvm_now(void);

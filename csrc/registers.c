@@ -25,11 +25,16 @@ static uint64_t mask(const struct part *part)
     return part->bits == 64 ? UINT64_MAX : (UINT64_C(1) << part->bits) - 1;
 }
 
+static int is_ours(const struct pykvm_vcpu *vcpu)
+{
+    return !vcpu->owner || vcpu->owner == PyThread_get_thread_ident();
+}
+
 /* The whole register in the run page, up to date; or NULL with an exception. */
 static uint64_t *whole(PyObject *self, const struct part *part)
 {
     struct pykvm_vcpu *vcpu = ((struct registers *)self)->vcpu;
-    if (!vcpu || !(vcpu->run->kvm_valid_regs & KVM_SYNC_X86_REGS) || !pykvm_vcpu_mine(vcpu)) {
+    if (!vcpu || !(vcpu->run->kvm_valid_regs & KVM_SYNC_X86_REGS) || !is_ours(vcpu)) {
         PyObject *loaded = PyObject_CallMethod(self, "load_regs", NULL);
         if (!loaded)
             return NULL;

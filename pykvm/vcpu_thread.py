@@ -29,7 +29,7 @@ NEVER = (1 << 63) - 1
 UNLIMITED = (1 << 64) - 1
 """The exit limit of a run without one."""
 
-RESERVED = -1
+RESERVED: int = lib.PYKVM_RESERVED
 """The owner of a vCPU that a thread is about to run."""
 
 
@@ -76,7 +76,6 @@ class Runner:
     ) -> None:
         self.vcpu = vcpu
         self._page = vcpu.kvm_run  # C has a bare pointer to it
-        self.owner = 0  # ident of the thread that runs it, or RESERVED
         self._slots = slots
         self._buses = buses
         self._hooks = hooks
@@ -92,6 +91,16 @@ class Runner:
         c.deadline = NEVER
         for bus in buses:
             bus.attach(c)
+
+    @property
+    def owner(self) -> int:
+        """Ident of the thread that runs it, RESERVED, or 0."""
+        owner: int = self.c.owner
+        return owner
+
+    @owner.setter
+    def owner(self, ident: int) -> None:
+        self.c.owner = ident
 
     def stop(self) -> None:
         """End the run, or if there is none the next one. From any thread, also a handler."""
@@ -148,8 +157,8 @@ class Runner:
             c.run.kvm_valid_regs = 0  # registers cost an exit nothing until a handler asks for them
             return self._loop(lock)
         finally:
-            if self.owner == me:  # no calls up to the end: nothing can raise in between
-                self.owner = 0
+            if c.owner == me:  # no calls up to the end: nothing can raise in between
+                c.owner = 0
                 c.stop = 0
             lib.pykvm_vcpu_end(c)
             del page
