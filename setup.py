@@ -52,6 +52,7 @@ class BuildNative(build_ext):
             build_ffi.sources(),
             output_dir=self.build_temp,
             include_dirs=ext.include_dirs,
+            macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
             extra_postargs=flags + warnings,
         )
         ext.sources = [os.path.join(folder, "_native.c")]

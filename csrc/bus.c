@@ -10,14 +10,14 @@ static struct pykvm_range *find(const struct pykvm_table *table, uint64_t addres
     if (!table)
         return NULL;
     if (*hint < table->count) { /* guests hit the same register again and again */
-        struct pykvm_range *range = &table->ranges[*hint];
+        struct pykvm_range *range = table->ranges[*hint];
         if (range->first <= address && address <= range->last)
             return range;
     }
     uint32_t low = 0, high = table->count;
     while (low < high) {
         uint32_t middle = low + (high - low) / 2;
-        struct pykvm_range *range = &table->ranges[middle];
+        struct pykvm_range *range = table->ranges[middle];
         if (address < range->first) {
             high = middle;
         } else if (address > range->last) {
@@ -62,18 +62,6 @@ static uint64_t mask(uint8_t size)
 static void put(struct pykvm_access *access, uint64_t value)
 {
     memcpy(access->data, &value, access->size); /* x86 is little endian, and so is this host */
-}
-
-/* The packed form of the access, see enum pykvm_word. */
-static int64_t word(const struct pykvm_access *access)
-{
-    static const int8_t log2[9] = {-1, 0, 1, -1, 2, -1, -1, -1, -1};
-    if (access->size > 8 || log2[access->size] < 0 || access->offset > 0xffff)
-        return PYKVM_WIDE;
-    return (int64_t)(access->value | access->offset << PYKVM_OFFSET_SHIFT |
-                     (uint64_t)log2[access->size] << PYKVM_SIZE_SHIFT |
-                     (uint64_t)access->is_write << PYKVM_WRITE_SHIFT |
-                     (uint64_t)access->slot << PYKVM_SLOT_SHIFT);
 }
 
 uint64_t pykvm_clock_read(const struct pykvm_clock *clock)
@@ -137,7 +125,7 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
     case PYKVM_EVENTFD:
         /* A counter at its ceiling has long woken its reader; there is nothing to lose. */
         if (write(range->fd, &one, sizeof one) < 0 && errno != EAGAIN)
-            return ask_python(access, word(access));
+            return ask_python(access, PYKVM_ACCESS);
         break;
     case PYKVM_UART:
         if (pykvm_uart_access(range->device, access->offset, access->data, access->size,
@@ -154,7 +142,7 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
     case PYKVM_STOP:
         return ask_python(access, PYKVM_STOPPED);
     default:
-        return ask_python(access, word(access));
+        return ask_python(access, PYKVM_ACCESS);
     }
     if (!access->is_write)
         put(access, range->value);
@@ -184,8 +172,8 @@ int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu)
             return ask_python(access, PYKVM_UNCLAIMED);
         access->slot = range->slot;
         access->offset = access->address - range->first;
-        if (first_try && range->hits)
-            __atomic_fetch_add(range->hits, 1, __ATOMIC_RELAXED);
+        if (first_try)
+            __atomic_fetch_add(&range->hits, 1, __ATOMIC_RELAXED);
         int64_t result = serve_item(vcpu, range);
         if (result != PYKVM_SERVED)
             return result;
@@ -193,16 +181,12 @@ int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu)
     return PYKVM_SERVED;
 }
 
-int pykvm_bus_answer(struct pykvm_vcpu *vcpu, int64_t answer)
+void pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
-    if (!access->is_write) {
-        if (answer != -1 && (uint64_t)answer & ~mask(access->size))
-            return -EINVAL;
-        put(access, (uint64_t)answer);
-    }
+    if (!access->is_write)
+        put(access, answer);
     access->pending = PYKVM_IDLE;
     access->index++;
     access->data += access->size;
-    return 0;
 }

@@ -2,6 +2,7 @@
 #include "pykvm.h"
 
 #include <errno.h>
+#include <signal.h>
 #include <string.h>
 
 #define FAKE_DATA_OFFSET 4096 /* the page behind kvm_run, as KVM has it */
@@ -34,6 +35,8 @@ int pykvm_fake_enter(struct pykvm_vcpu *vcpu)
         fake->next = 0;
     if (exit->stop)
         pykvm_vcpu_stop(vcpu);
+    if (exit->signal)
+        raise(exit->signal);
     run->exit_reason = exit->reason;
     if (exit->error)
         return -exit->error;

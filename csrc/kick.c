@@ -26,6 +26,7 @@
 static __thread struct pykvm_vcpu *current; /* the vCPU this thread runs */
 static __thread timer_t timer;
 static __thread int has_timer;
+static __thread int32_t own_tid; /* valid with has_timer */
 static pthread_key_t timer_key;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 static int setup_error;
@@ -86,7 +87,8 @@ static int prepare_thread(void)
         .sigev_notify = SIGEV_THREAD_ID,
         .sigev_signo = pykvm_kick_signal(),
     };
-    event.sigev_notify_thread_id = (int)syscall(SYS_gettid);
+    own_tid = (int32_t)syscall(SYS_gettid);
+    event.sigev_notify_thread_id = own_tid;
     sigemptyset(&set);
     sigaddset(&set, pykvm_kick_signal());
     pthread_sigmask(SIG_UNBLOCK, &set, NULL);
@@ -129,8 +131,8 @@ int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu, int64_t deadline)
         if (error)
             return error;
     }
-    if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, (int32_t)syscall(SYS_gettid), 0,
-                                     __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+    if (!__atomic_compare_exchange_n(&vcpu->tid, &nobody, own_tid, 0, __ATOMIC_SEQ_CST,
+                                     __ATOMIC_SEQ_CST))
         return -EBUSY;
     vcpu->deadline = deadline;
     vcpu->outer = current;
@@ -164,11 +166,12 @@ void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
 
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
 {
-    __atomic_store_n(&vcpu->stop, 1, __ATOMIC_SEQ_CST);
+    int own = current == vcpu;
+    __atomic_store_n(&vcpu->stop, own ? PYKVM_STOP_OWN : PYKVM_STOP_OTHER, __ATOMIC_SEQ_CST);
     set_immediate_exit(vcpu, 1);
     int32_t tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
     /* A handler that stops its own run is not in the guest.  Another thread's may be gone by now:
        ESRCH, and the next run finds `stop` set. */
-    if (tid && current != vcpu)
+    if (tid && !own)
         syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
 }

@@ -21,6 +21,10 @@
 /* One ioctl: its result (>= 0), or -errno.  EINTR is not retried: signals must reach Python. */
 int64_t pykvm_ioctl(int fd, unsigned long request, void *arg);
 
+/* Map the pages that a vCPU's file descriptor shares: NULL, and errno, on failure. */
+struct kvm_run *pykvm_run_map(int fd, uint64_t size);
+void pykvm_run_unmap(struct kvm_run *run, uint64_t size);
+
 /* ---- actions: what C does with an access, without Python ------------------------------------ */
 
 enum pykvm_action {
@@ -243,7 +247,7 @@ struct pykvm_range {
     uint64_t value; /* what CONSTANT (and others, see above) answer */
     struct pykvm_ring *out;
     struct pykvm_ring *in;
-    uint64_t *hits; /* counts every access, whoever serves it */
+    uint64_t hits;  /* every access, whoever serves it; the one field that changes */
     void *device;   /* UART, CLOCK */
     int32_t fd;     /* EVENTFD */
     uint16_t slot;  /* of the Python handler, below PYKVM_SLOTS */
@@ -254,7 +258,7 @@ struct pykvm_range {
 /* Sorted by `first`, without overlap.  A table never changes: a new one takes its place. */
 struct pykvm_table {
     uint32_t count;
-    struct pykvm_range *ranges;
+    struct pykvm_range **ranges;
     struct pykvm_range *rest; /* serves every address that no range has; or NULL */
 };
 
@@ -282,8 +286,15 @@ enum pykvm_pending {
     PYKVM_IDLE,       /* nothing: enter the guest */
     PYKVM_UNSERVED,   /* an exit was taken and is still to be dispatched */
     PYKVM_RETRY,      /* the same item again (its ring was full, or Python never got to it) */
-    PYKVM_UNANSWERED, /* Python was asked, and answers with the next call */
+    PYKVM_UNANSWERED, /* it was returned; the next call brings its answer */
+    PYKVM_ASKED,      /* the same, and a handler has seen it */
     PYKVM_HANDED,     /* Python has another exit (PYKVM_EXIT); the next call goes on */
+};
+
+enum pykvm_stop {
+    PYKVM_STOP_NOT,
+    PYKVM_STOP_OTHER, /* by another thread, or before the run */
+    PYKVM_STOP_OWN,   /* by a handler of its own: once the instruction is complete */
 };
 
 struct pykvm_vcpu {
@@ -303,42 +314,30 @@ struct pykvm_vcpu {
     int32_t fd;
     int32_t tid;       /* the thread between begin and end, or 0 */
     int32_t error;     /* positive errno of the last failed KVM_RUN */
-    uint32_t stop;     /* somebody asked the run to end */
+    uint64_t owner;    /* the thread that uses it for a run (Python ident), PYKVM_RESERVED or 0 */
+    uint32_t stop;     /* somebody asked the run to end: enum pykvm_stop */
     uint8_t sync_regs; /* KVM_CAP_SYNC_REGS: else pykvm_vcpu_enter() does its work by ioctls */
     uint8_t trace;     /* return PYKVM_TRACED after every KVM_RUN, before serving the exit */
 };
 
-/*
- * What pykvm_vcpu_run() returns.  A word >= 0 is an access for Python, packed:
- *   bits  0..31  value (of a write)
- *   bits 32..47  offset into the range
- *   bits 48..49  log2 of the size in bytes (1, 2, 4)
- *   bit  50      set on a write
- *   bits 51..62  slot
- * An access that does not fit (MMIO of 8 or an odd number of bytes, offset over 64 KiB) is
- * PYKVM_WIDE and stands in vcpu->access.
- */
-enum pykvm_word {
-    PYKVM_WIDE = -1,
-    PYKVM_EXIT = -2,        /* another exit: see run->exit_reason (error is set: MEMORY_FAULT) */
-    PYKVM_UNCLAIMED = -3,   /* no range has this address; answer as if it were a handler's */
-    PYKVM_STOPPED = -4,     /* an access hit a STOP range */
-    PYKVM_FULL = -5,        /* a ring is full, or empty with more to come: see to it, call again */
-    PYKVM_LIMIT = -6,       /* exit_limit reached */
-    PYKVM_TIMEOUT = -7,     /* deadline passed */
-    PYKVM_KICKED = -8,      /* pykvm_vcpu_stop() was called */
-    PYKVM_INTERRUPTED = -9, /* a signal, or the heartbeat: let Python look at its signals */
-    PYKVM_FAILED = -10,     /* KVM_RUN failed: vcpu->error */
-    PYKVM_BAD_ANSWER = -11, /* the answer does not fit the access, which still waits for one */
-    PYKVM_TRACED = -12,     /* KVM_RUN returned; call again to have its exit served */
+/* What pykvm_vcpu_run() returns. */
+enum pykvm_outcome {
+    PYKVM_ACCESS = 0,       /* an access for the handler in vcpu->access.slot */
+    PYKVM_EXIT = -1,        /* another exit: see run->exit_reason (error is set: MEMORY_FAULT) */
+    PYKVM_UNCLAIMED = -2,   /* no range has this address; answer as if it were a handler's */
+    PYKVM_STOPPED = -3,     /* an access hit a STOP range */
+    PYKVM_FULL = -4,        /* a ring is full, or empty with more to come: see to it, call again */
+    PYKVM_LIMIT = -5,       /* exit_limit reached */
+    PYKVM_TIMEOUT = -6,     /* deadline passed */
+    PYKVM_KICKED = -7,      /* pykvm_vcpu_stop() was called */
+    PYKVM_INTERRUPTED = -8, /* a signal, or the heartbeat: let Python look at its signals */
+    PYKVM_FAILED = -9,      /* KVM_RUN failed: vcpu->error */
+    PYKVM_TRACED = -10,     /* KVM_RUN returned; call again to have its exit served */
 };
 
 enum {
-    PYKVM_OFFSET_SHIFT = 32,
-    PYKVM_SIZE_SHIFT = 48,
-    PYKVM_WRITE_SHIFT = 50,
-    PYKVM_SLOT_SHIFT = 51,
     PYKVM_SLOTS = 4096,
+    PYKVM_RESERVED = 1, /* the owner of a vCPU that a thread is about to run */
     PYKVM_HEARTBEAT_MS = 500, /* the longest that a signal can wait for Python */
 };
 
@@ -352,13 +351,16 @@ int pykvm_vcpu_begin(struct pykvm_vcpu *vcpu, int64_t deadline);
 void pykvm_vcpu_end(struct pykvm_vcpu *vcpu);
 
 /*
- * Run until Python is needed.  If the last call returned a read, all ones answer it.  (One
- * argument, as CPython calls such a function 50 ns faster than one with two.)
+ * Run until Python is needed: enum pykvm_outcome.  If the last call returned a read, the low bytes of
+ * `answer` answer it; all ones are what an empty bus says.
  */
+int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
+
+/* The same, for who has no answer: all ones. */
 int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu);
 
-/* The same, with another answer to that read (signed, as a small number costs Python least). */
-int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer);
+/* Make the module pykvm._abi._cpython (csrc/cpython.h), for `import` to find: 0, or -1. */
+int pykvm_cpython_init(void);
 
 /* Ask a run, or if there is none the next one, to end: from any thread, also a handler's own. */
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu);
@@ -380,7 +382,7 @@ struct pykvm_fake_exit {
     uint8_t size;
     uint8_t is_write;
     uint8_t stop;     /* call pykvm_vcpu_stop() during this entry */
-    uint8_t reserved;
+    uint8_t signal;   /* raise this signal during this entry; 0: none */
 };
 
 /* vcpu->fake points here; the script repeats for ever. */
@@ -421,8 +423,8 @@ int pykvm_file_zero(int fd, int64_t offset, int64_t length);
 
 /* Serve the access from vcpu->access.index on: PYKVM_SERVED or what to return. */
 int64_t pykvm_bus_serve(struct pykvm_vcpu *vcpu);
-/* Python's answer to the pending item: 0, or -EINVAL when it does not fit. */
-int pykvm_bus_answer(struct pykvm_vcpu *vcpu, int64_t answer);
+/* Python's answer to the pending item, of which the low bytes count. */
+void pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
 /* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
 int64_t pykvm_now(void);

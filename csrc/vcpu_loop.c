@@ -36,7 +36,7 @@ static int enter_without_sync(struct pykvm_vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;
     uint64_t wanted = run->kvm_valid_regs;
-    int error = write_back(vcpu, KVM_SYNC_X86_REGS);
+    int error = write_back(vcpu, KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS);
     if (error)
         return error;
     run->kvm_valid_regs = 0; /* KVM_RUN refuses bits that it does not know */
@@ -48,16 +48,20 @@ static int enter_without_sync(struct pykvm_vcpu *vcpu)
 
 int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu)
 {
-    /* KVM_RUN takes SREGS over as well, but puts the old ones over those that it refuses: nobody
-       could say what was wrong with them. */
-    if (vcpu->run->kvm_dirty_regs & KVM_SYNC_X86_SREGS) {
-        int error = write_back(vcpu, KVM_SYNC_X86_SREGS);
-        if (error)
-            return error;
-    }
+    struct kvm_run *run = vcpu->run;
     if (!vcpu->sync_regs)
         return enter_without_sync(vcpu);
-    return ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    if (!(run->kvm_dirty_regs & KVM_SYNC_X86_SREGS))
+        return ioctl(vcpu->fd, KVM_RUN, 0) < 0 ? -errno : 0;
+    /* KVM puts the old SREGS over those that it refuses: nobody could say what was wrong with
+       them. (EINVAL with the bit still set: that was it.) */
+    struct kvm_sregs wanted = run->s.regs.sregs;
+    if (ioctl(vcpu->fd, KVM_RUN, 0) == 0)
+        return 0;
+    int error = errno;
+    if (error == EINVAL && run->kvm_dirty_regs & KVM_SYNC_X86_SREGS)
+        run->s.regs.sregs = wanted;
+    return -error;
 }
 
 static void take_pio(struct pykvm_vcpu *vcpu)
@@ -133,17 +137,25 @@ static int64_t failed(struct pykvm_vcpu *vcpu, int error)
     }
 }
 
-int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
+int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
 {
     struct pykvm_access *access = &vcpu->access;
     int64_t result = PYKVM_SERVED;
 
     switch (access->pending) {
     case PYKVM_UNANSWERED:
-        if (pykvm_bus_answer(vcpu, answer))
-            return PYKVM_BAD_ANSWER;
-        if (access->index < access->count) /* the other items of a string instruction */
+    case PYKVM_ASKED:
+        pykvm_bus_answer(vcpu, answer);
+        if (access->index < access->count) { /* the other items of a string instruction */
+            /* They may be thousands: a stop or the deadline does not wait for them.  A stop by
+               their own handler does: after the run the instruction is complete then. */
+            if (__atomic_load_n(&vcpu->run->immediate_exit, __ATOMIC_SEQ_CST) &&
+                __atomic_load_n(&vcpu->stop, __ATOMIC_SEQ_CST) != PYKVM_STOP_OWN) {
+                access->pending = PYKVM_RETRY;
+                return failed(vcpu, EINTR);
+            }
             result = pykvm_bus_serve(vcpu);
+        }
         break;
     case PYKVM_RETRY:
         result = pykvm_bus_serve(vcpu);
@@ -176,5 +188,5 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, int64_t answer)
 
 int64_t pykvm_vcpu_run(struct pykvm_vcpu *vcpu)
 {
-    return pykvm_vcpu_answer(vcpu, -1);
+    return pykvm_vcpu_answer(vcpu, PYKVM_ALL_ONES);
 }

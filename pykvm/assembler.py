@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     Syntax = Literal["intel", "att"]
 
 _DIRECTIVE = {"long64": ".code64", "prot32": ".code32", "real16": ".code16"}
-_SYNTAX = {"intel": ["-msyntax=intel", "-mnaked-reg"], "att": ["-msyntax=att"]}
+# As directives: with the option -msyntax=intel, as does not know `es:[bx]` nor `jmp 8:label`.
+_SYNTAX = {"intel": ".intel_syntax noprefix", "att": ".att_syntax prefix"}
 _INSTALL = (
     "GNU binutils is not installed: {!r} was not found on PATH. Install it with "
     "`apt install binutils` (Debian, Ubuntu), `dnf install binutils` (Fedora) or "
@@ -179,13 +180,14 @@ def _build(
         for name in ("object", "script", "image"):
             fds.append(os.memfd_create(f"pykvm-asm-{name}", os.MFD_CLOEXEC))
         obj, script, image = (f"/proc/self/fd/{fd}" for fd in fds)
-        command = ["as", "--64", "--fatal-warnings", *_SYNTAX[syntax], "-o", obj]
+        command = ["as", "--64", "--fatal-warnings", "-o", obj]
         for name, value in constants:
             command += ["--defsym", f"{name}={value:#x}"]
         if include is not None:
             command += ["-I", include]
-        # The directive shares the first line, so that the assembler counts lines as the caller.
-        errors = _run([*command, "-"], fds, f"{_DIRECTIVE[mode]}; {source}\n")
+        # The directives share the first line, so that the assembler counts lines as the caller.
+        first = f"{_DIRECTIVE[mode]}; {_SYNTAX[syntax]}"
+        errors = _run([*command, "-"], fds, f"{first}; {source}\n")
         if errors is not None:
             raise AsmError(_explain_as(errors, source))
         os.write(fds[1], _SCRIPT.format(at=at).encode())

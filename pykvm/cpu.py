@@ -11,8 +11,10 @@ from __future__ import annotations
 from _thread import get_ident
 
 from pykvm._abi import ffi, lib
+from pykvm._abi._cpython import GeneralRegisters
 from pykvm.errors import BusyError, ClosedError
-from pykvm.registers import Control, Flag, Part, SegmentSlot, TableSlot, Whole
+from pykvm.kvm.ioctl import call
+from pykvm.registers import Control, SegmentSlot, TableSlot
 from pykvm.result import CpuState
 from pykvm.vcpu_thread import Runner
 
@@ -30,7 +32,7 @@ REGS: int = lib.KVM_SYNC_X86_REGS
 SREGS: int = lib.KVM_SYNC_X86_SREGS
 
 
-class Cpu:
+class Cpu(GeneralRegisters):
     """One vCPU of a machine.
 
     Registers read and write as integers; a smaller part of one behaves as the hardware has it
@@ -46,8 +48,8 @@ class Cpu:
     """
 
     __slots__ = (
-        "_gigapages", "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at", "_supported",
-        "_vcpu", "ended", "entered", "index", "memory",
+        "_gigapages", "_power_on", "_regs", "_regs_at", "_run", "_runner", "_sregs", "_sregs_at",
+        "_supported", "_vcpu", "ended", "index", "memory",
     )  # fmt: skip
 
     def __init__(
@@ -58,15 +60,17 @@ class Cpu:
         memory: GuestMemory,
         supported: list[Any],
         gigapages: bool,
+        power_on: dict[str, bytes] | None = None,
     ) -> None:
         self.index = index
         self.memory = memory
-        self.entered = False
         self.ended = ""
         self._vcpu = vcpu
         self._runner = runner
+        self.bind(runner.address)
         self._supported = supported
         self._gigapages = gigapages
+        self._power_on = power_on  # what the same vCPU said before it ran; None: ask it
         self._run = run = vcpu.kvm_run
         self._regs = run.s.regs.regs
         self._sregs = run.s.regs.sregs
@@ -84,10 +88,11 @@ class Cpu:
         entries = runner.c.entries
         if self._regs_at != entries:
             run = self._run
-            if not run.kvm_valid_regs & REGS:
+            valid = run.kvm_valid_regs
+            if not valid & REGS:
                 if not run.kvm_dirty_regs & REGS:  # else the last entry refused what is here
                     self._fetch("KVM_GET_REGS", self._regs)
-                run.kvm_valid_regs |= REGS
+                run.kvm_valid_regs = valid | REGS
             self._regs_at = entries
         return self._regs
 
@@ -100,10 +105,11 @@ class Cpu:
         entries = runner.c.entries
         if self._sregs_at != entries:
             run = self._run
-            if not run.kvm_valid_regs & SREGS:
+            valid = run.kvm_valid_regs
+            if not valid & SREGS:
                 if not run.kvm_dirty_regs & SREGS:  # else the last entry refused what is here
                     self._fetch("KVM_GET_SREGS", self._sregs)
-                run.kvm_valid_regs |= SREGS
+                run.kvm_valid_regs = valid | SREGS
             self._sregs_at = entries
         return self._sregs
 
@@ -115,6 +121,7 @@ class Cpu:
     def close(self) -> None:
         """Let go of the run page; the machine calls this."""
         self._runner = _CLOSED
+        self.bind(0)
         self._run = self._regs = self._sregs = None
 
     def _mine(self) -> None:
@@ -126,9 +133,16 @@ class Cpu:
         return BusyError(f"cpu {self.index} is running in another thread: stop() it first")
 
     def _fetch(self, name: str, struct: Any) -> None:
-        from pykvm.kvm.ioctl import call
-
-        call(self._vcpu, name, ffi.addressof(struct))
+        power_on = self._power_on
+        if power_on is None or self._runner.c.entries:
+            call(self._vcpu, name, ffi.addressof(struct))
+            return
+        known = power_on.get(name)
+        if known is None:
+            call(self._vcpu, name, ffi.addressof(struct))
+            power_on[name] = ffi.buffer(ffi.addressof(struct))[:]
+        else:
+            ffi.memmove(ffi.addressof(struct), known, len(known))
 
     def flush(self) -> None:
         """Write changed registers back now, by KVM_SET_REGS and KVM_SET_SREGS.
@@ -158,49 +172,12 @@ class Cpu:
         Changed registers are written back first, and are read anew afterwards.
         """
         self.flush()
+        self._power_on = None
         self._run.kvm_valid_regs = 0
         self._regs_at = self._sregs_at = -1
         return self._vcpu
 
     # ---- registers -----------------------------------------------------------------------------
-
-    rax = Whole("rax")
-    rbx = Whole("rbx")
-    rcx = Whole("rcx")
-    rdx = Whole("rdx")
-    rsi = Whole("rsi")
-    rdi = Whole("rdi")
-    rsp = Whole("rsp")
-    rbp = Whole("rbp")
-    r8 = Whole("r8")
-    r9 = Whole("r9")
-    r10 = Whole("r10")
-    r11 = Whole("r11")
-    r12 = Whole("r12")
-    r13 = Whole("r13")
-    r14 = Whole("r14")
-    r15 = Whole("r15")
-    rip = Whole("rip")
-    rflags = Whole("rflags")
-
-    eax, ebx, ecx, edx = Part("rax", 32), Part("rbx", 32), Part("rcx", 32), Part("rdx", 32)
-    esi, edi, esp, ebp = Part("rsi", 32), Part("rdi", 32), Part("rsp", 32), Part("rbp", 32)
-    r8d, r9d, r10d, r11d = Part("r8", 32), Part("r9", 32), Part("r10", 32), Part("r11", 32)
-    r12d, r13d, r14d, r15d = Part("r12", 32), Part("r13", 32), Part("r14", 32), Part("r15", 32)
-    eip, eflags = Part("rip", 32), Part("rflags", 32)
-    ax, bx, cx, dx = Part("rax", 16), Part("rbx", 16), Part("rcx", 16), Part("rdx", 16)
-    si, di, sp, bp = Part("rsi", 16), Part("rdi", 16), Part("rsp", 16), Part("rbp", 16)
-    r8w, r9w, r10w, r11w = Part("r8", 16), Part("r9", 16), Part("r10", 16), Part("r11", 16)
-    r12w, r13w, r14w, r15w = Part("r12", 16), Part("r13", 16), Part("r14", 16), Part("r15", 16)
-    ip, flags = Part("rip", 16), Part("rflags", 16)
-    al, bl, cl, dl = Part("rax", 8), Part("rbx", 8), Part("rcx", 8), Part("rdx", 8)
-    ah, bh, ch, dh = Part("rax", 8, 8), Part("rbx", 8, 8), Part("rcx", 8, 8), Part("rdx", 8, 8)
-    sil, dil, spl, bpl = Part("rsi", 8), Part("rdi", 8), Part("rsp", 8), Part("rbp", 8)
-    r8b, r9b, r10b, r11b = Part("r8", 8), Part("r9", 8), Part("r10", 8), Part("r11", 8)
-    r12b, r13b, r14b, r15b = Part("r12", 8), Part("r13", 8), Part("r14", 8), Part("r15", 8)
-
-    cf, pf, af, zf, sf = Flag(0), Flag(2), Flag(4), Flag(6), Flag(7)
-    tf, interrupts, df, of = Flag(8), Flag(9), Flag(10), Flag(11)
 
     cr0, cr2, cr3, cr4, cr8 = (
         Control("cr0"), Control("cr2"), Control("cr3"), Control("cr4"), Control("cr8"),
@@ -267,12 +244,24 @@ class Cpu:
 
         if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
             self._forget_history()
+        # One machine after the other is entered alike: all that changes is copied at once then.
+        key = None if options else (mode, entry, ring, iopl, tables, self._gigapages)
         if mode == "long64" and "gigapages" not in options:
             options["gigapages"] = self._gigapages
+        sregs = self.load_sregs()
+        known = _entered.get(key) if key else None
         set_up = modes.enter(
-            mode, sregs=self.load_sregs(), regs=self.load_regs(), memory=self.memory,
+            mode, sregs=None if known else sregs, regs=self.load_regs(), memory=self.memory,
             entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,
         )  # fmt: skip
+        if known:
+            segments, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = known
+            ffi.memmove(ffi.addressof(sregs), segments, _SEGMENTS)
+        elif key:
+            if len(_entered) >= _MOST_KEPT:
+                _entered.clear()
+            segments = ffi.buffer(ffi.addressof(sregs), _SEGMENTS)[:]
+            _entered[key] = segments, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer
         self.dirty(REGS | SREGS)
         self.ended = ""
         return set_up
@@ -331,6 +320,13 @@ class Cpu:
         return (
             f"<Cpu {self.index}{' ' + self.ended if self.ended else ''}>\n{self.regs}\n{self.sregs}"
         )
+
+
+_entered: dict[tuple[Any, ...], tuple[bytes, int, int, int, int]] = {}
+"""What enter() makes of SREGS, by its arguments: the segments as bytes, CR0, CR3, CR4, EFER."""
+_MOST_KEPT = 16
+_SEGMENTS = ffi.offsetof("struct kvm_sregs", "cr0")
+"""Bytes of all segment and descriptor-table registers, which come first."""
 
 
 class _Closed:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pykvm import kvm
 from pykvm import result as reasons
+from pykvm.cpu import REGS, SREGS
 from pykvm.errors import PykvmError, RunError, VcpuExitError
 
 _SUBERRORS = {
@@ -30,12 +31,16 @@ def refused(cpu: Cpu, ioctl: str) -> VcpuExitError:
     )
 
 
-def explain(cpu: Cpu, reason: str, exit: Any) -> VcpuExitError:
-    """Failed entry, internal error or shutdown of ``cpu``, with registers, code and cause."""
+def explain(cpu: Cpu, reason: str, exit: Any, advice: str = "") -> VcpuExitError:
+    """Failed entry, internal error or shutdown of ``cpu``, with registers, code and cause.
+
+    ``advice`` goes first.
+    """
     from pykvm.arch.x86_64 import explain as arch
 
     if reason == reasons.FAILED_ENTRY and exit is None:
         return refused(cpu, "KVM_SET_SREGS")
+    known = _known(cpu)
     sregs, context = cpu.load_sregs(), _context(cpu)
     if reason == reasons.FAILED_ENTRY:
         text = arch.explain_fail_entry(exit.hardware_entry_failure_reason, sregs=sregs, **context)
@@ -48,8 +53,8 @@ def explain(cpu: Cpu, reason: str, exit: Any) -> VcpuExitError:
             **context,
         )
     else:
-        text = arch.explain_shutdown(sregs=sregs, **context)
-    return VcpuExitError(str(text), exit)
+        text = arch.explain_shutdown(sregs=sregs, known=known, **context)
+    return VcpuExitError(f"{advice}\n{text}".lstrip(), exit)
 
 
 def incomplete(result: RunResult) -> PykvmError | None:
@@ -63,7 +68,37 @@ def incomplete(result: RunResult) -> PykvmError | None:
         asleep = [s.index for s in result.cpus if s.halted and not s.interrupts]
         if asleep:
             text += f"\ncpu {asleep[0]} executed HLT with interrupts off: it never wakes"
+    if result.advice:
+        text += f"\n{result.advice}"
     return RunError(text, result)
+
+
+def _known(cpu: Cpu) -> list[str]:
+    """What is known of a vCPU whose registers its shutdown may have reset.
+
+    The run page still has what was in it before, unless registers were read during the run: then
+    KVM has stored the reset ones over them. To be called before registers are read.
+    """
+    page, runner = cpu._run, cpu._runner
+    known = []
+    if cpu._regs_at >= 0 and not page.kvm_valid_regs & REGS:
+        ago = runner.c.entries - cpu._regs_at
+        known.append(
+            f"RIP was {page.s.regs.regs.rip:#x} and RSP {page.s.regs.regs.rsp:#x} when registers"
+            f" were last set or read, {ago} {'entry' if ago == 1 else 'entries'} into the guest ago"
+        )
+    if cpu._sregs_at >= 0 and not page.kvm_valid_regs & SREGS and page.s.regs.sregs.cr0 & 1:
+        idt = page.s.regs.sregs.idt
+        if idt.limit < 7:
+            known.append(
+                "there was no IDT then: unless the guest has loaded one, any exception or interrupt"
+                " is a triple fault"
+            )
+        else:
+            known.append(f"the IDT was at {idt.base:#x} then, with limit {idt.limit:#x}")
+    if runner.c.access.count:
+        known.append(f"the last port or device that it used was {runner.access()!r}")
+    return known
 
 
 def _context(cpu: Cpu) -> dict[str, Any]:

@@ -7,7 +7,9 @@ toolchain), the output it must produce, and ``guest.toml``::
     [machine]               # all optional
     memory = "2M"
     cpus = 1
-    irqchip = false
+    irqchip = false         # or "kernel" (true), "split"
+    pit = false             # a timer; needs irqchip = "kernel"
+    pic = "reset"           # or "bios"; the same
     counter = false         # the exit counter of guests/exits
     virtio = []             # devices, "rng" or "console": virtio-mmio windows from 0xd0000000 on
     [enter]
@@ -71,7 +73,7 @@ class Guest:
         mode, at: the processor mode it starts in and where a flat image goes; None for ELF, which
             says both itself.
         ring, iopl: the privilege it starts with.
-        memory, cpus, irqchip: the machine it wants.
+        memory, cpus, irqchip, pit, pic: the machine it wants, as ``Machine`` has them.
         counter: whether it wants the exit counter (see ``ExitCounter``).
         virtio: the virtio devices it wants, ``"rng"`` or ``"console"``, in the order of their
             windows; its vCPU serves them.
@@ -92,7 +94,9 @@ class Guest:
         iopl: int = 0,
         memory: str = "2M",
         cpus: int = 1,
-        irqchip: bool = False,
+        irqchip: str | bool | None = False,
+        pit: bool = False,
+        pic: str = "reset",
         counter: bool = False,
         virtio: Sequence[str] = (),
         timeout: float = 5.0,
@@ -110,6 +114,8 @@ class Guest:
         self.memory = memory
         self.cpus = cpus
         self.irqchip = irqchip
+        self.pit = pit
+        self.pic = pic
         self.counter = counter
         self.virtio = tuple(virtio)
         self.timeout = timeout
@@ -137,6 +143,25 @@ class Guest:
         """What it must print, or None for a file."""
         file = self.path / "expected.txt"
         return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def machine(self, path: str = "/dev/kvm") -> Machine:
+        """A machine as it wants it.
+
+        Args:
+            path: the KVM device.
+
+        Raises CapabilityError without KVM, ValueError for what does not go together.
+        """
+        from pykvm.machine import Machine
+
+        return Machine(
+            self.memory,
+            cpus=self.cpus,
+            irqchip=self.irqchip,
+            pit=self.pit,
+            pic=self.pic,
+            path=path,
+        )
 
     def data(self) -> bytes:
         """The image: the file's bytes, or what its source assembles to.
@@ -329,9 +354,7 @@ def run_guest(
 
     Raises BootError and AsmError for its image, CapabilityError without KVM.
     """
-    from pykvm.machine import Machine
-
-    with Machine(guest.memory, cpus=guest.cpus, irqchip=guest.irqchip) as machine:
+    with guest.machine() as machine:
         printed: list[str] = []
         fifo = machine.pio.fifo(CONSOLE_PORT) if console is None else None
 

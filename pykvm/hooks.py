@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any, TypeVar
 
+    from pykvm.cpu import Cpu
     from pykvm.devices.bus import Bus, Claim
+    from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.kvm import Vm
+    from pykvm.memory import GuestMemory
 
     Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -23,6 +26,9 @@ class Hooks:
     pio: Bus
     mmio: Bus
     vm: Vm
+    memory: GuestMemory
+    cpus: tuple[Cpu, ...]
+    irqchip: KernelIrqchip | SplitIrqchip | None
     _hooks: dict[int, Callable[[Any], object]]
     _msrs: dict[int, Callable[[Any], object]]
 
@@ -139,3 +145,30 @@ class Hooks:
         The run ends with reason "debug-exit" and the written value as ``result.code``.
         """
         return self.pio.stop(port, 4 if port <= 0xFFFC else 1, tag=reasons.DEBUG_EXIT)
+
+    def test_devices(self, *, byte_ports: bool = True) -> None:
+        """Attach the devices that guests made for QEMU's test set-up expect.
+
+        isa-debug-exit at ports 0xf4-0xf7, as :meth:`debug_exit`, which is not needed then; what
+        QEMU's process would exit with is ``pykvm.devices.debug_exit.qemu_status(result.code)``.
+        pc-testdev: ports 0xe0-0xe3 that read back, the page flush at 0xe4, interrupt lines at
+        0x2000 + GSI (without an irqchip they lead nowhere), memory that exits at 0xff000000.
+        fw_cfg at 0x510: the number of processors and the size of RAM.
+
+        Args:
+            byte_ports: pc-testdev's second set of ports, 0xe8-0xeb; without it 0xe9 is free.
+
+        Raises:
+            BusOverlapError: one of their ports is claimed already.
+        """
+        from pykvm.arch.x86_64 import pc
+        from pykvm.devices.debug_exit import DebugExit
+        from pykvm.devices.fw_cfg import FwCfg
+        from pykvm.devices.testdev import TestDevice, flush_page
+
+        DebugExit(tag=reasons.DEBUG_EXIT).attach(self.pio, pc.DEBUG_EXIT)
+        FwCfg(cpus=len(self.cpus), memory=self.memory.size).attach(self.pio, pc.FW_CFG)
+        TestDevice(
+            None if self.irqchip is None else self.irqchip.line,
+            lambda gpa: flush_page(self.memory, gpa),
+        ).attach_all(self.pio, self.mmio, byte_ports=byte_ports)

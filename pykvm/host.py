@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from pykvm.kvm import Kvm
 from pykvm.memory import GuestMemory, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pykvm.kvm import Kvm
-
 
 class Host:
     """What never changes about a KVM, asked once."""
 
-    __slots__ = ("cpuid", "sync_regs")
+    __slots__ = ("cpuid", "kvm", "power_on", "sync_regs")
 
     def __init__(self, kvm: Kvm) -> None:
+        self.kvm = kvm
+        # KVM_GET_REGS and KVM_GET_SREGS of a lone vCPU just made; filled as they are asked.
+        self.power_on: dict[str, bytes] = {}
         entries = kvm.get_supported_cpuid()
         # The entries, as KVM_SET_CPUID2 takes them for the first vCPU, and one fact out of them.
         self.cpuid = entries, cpuid_of_one(entries), has_gigapages(entries)
@@ -27,12 +29,22 @@ _hosts: dict[str, Host] = {}
 """By device path."""
 
 
-def host_of(kvm: Kvm) -> Host:
-    """The facts about the KVM behind a device file."""
-    host = _hosts.get(kvm.path)
-    if host is None:
-        host = _hosts[kvm.path] = Host(kvm)
-    return host
+def open_kvm(path: str) -> tuple[Kvm, Host]:
+    """Open a KVM device, whose facts are asked the first time only.
+
+    Raises:
+        CapabilityError: no usable KVM, with the remedy.
+    """
+    host = _hosts.get(path)
+    if host is not None:
+        return Kvm(path, like=host.kvm), host
+    kvm = Kvm(path)
+    try:
+        host = _hosts[path] = Host(kvm)
+    except BaseException:
+        kvm.close()
+        raise
+    return kvm, host
 
 
 def cpuid_of_one(entries: list[Any]) -> Any:
@@ -44,13 +56,14 @@ def cpuid_of_one(entries: list[Any]) -> Any:
 
 def ram(size: int | str) -> GuestMemory:
     """RAM from address 0, around the hole that a PC has below 4 GiB."""
-    if (size if isinstance(size, int) else parse_size(size)) <= 3 << 30:
-        return GuestMemory(size)
+    length = parse_size(size)
+    if length <= 3 << 30:
+        return GuestMemory(length)
     from pykvm.boot.layout import ram_ranges
 
     memory = GuestMemory()
-    for gpa, length in ram_ranges(parse_size(size)):
-        memory.add(gpa, length)
+    for gpa, size in ram_ranges(length):
+        memory.add(gpa, size)
     return memory
 
 

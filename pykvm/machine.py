@@ -12,11 +12,10 @@ from pykvm.cpu import Cpu
 from pykvm.devices.bus import Bus
 from pykvm.errors import BusyError, ClosedError
 from pykvm.hooks import Hooks
-from pykvm.host import cpuid_of_one, has_gigapages, host_of, ram
-from pykvm.kvm import Kvm
+from pykvm.host import cpuid_of_one, has_gigapages, open_kvm, ram
 from pykvm.memory import GuestMemory
 from pykvm.result import RunResult
-from pykvm.vcpu_thread import NEVER, End, Runner
+from pykvm.vcpu_thread import NEVER, RESERVED, End, Runner
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -24,11 +23,13 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Self, TypeVar
 
+    from pykvm.background import Background
     from pykvm.boot import BootPlan
     from pykvm.console import Console
-    from pykvm.devices.bus import Claim, Slot
+    from pykvm.devices.bus import Claim, Handler
     from pykvm.host import Host
-    from pykvm.kvm import Vm
+    from pykvm.irqchip import KernelIrqchip, SplitIrqchip
+    from pykvm.kvm import Kvm, Vm
     from pykvm.pc import Pc
     from pykvm.virtio import Attachments, Blk, DiskSpec, VirtioDevice
 
@@ -56,9 +57,13 @@ class Machine(Hooks):
         memory: RAM from address 0 on, in bytes or as ``"2M"``; or a ``GuestMemory`` of your own
             regions, which the machine then owns.
         cpus: number of vCPUs.
-        irqchip: an in-kernel PIC, IOAPIC and LAPICs (KVM_CREATE_IRQCHIP). HLT then waits in the
-            kernel and never exits, and vCPUs but the first wait for their start-up IPI.
-        pit: an in-kernel i8254 timer; needs irqchip.
+        irqchip: ``"kernel"``, or True: an in-kernel PIC, IOAPIC and LAPICs (KVM_CREATE_IRQCHIP);
+            ``"split"``: LAPICs in the kernel, an IOAPIC here, no PIC (KVM_CAP_SPLIT_IRQCHIP).
+            HLT then waits in the kernel and never exits, and vCPUs but the first wait for their
+            start-up IPI.
+        pit: an in-kernel i8254 timer; needs irqchip "kernel".
+        pic: ``"reset"``, or ``"bios"``: the PIC is programmed as a BIOS leaves it, IRQ 0-7 at
+            vector 8, 8-15 at 0x70, timer and keyboard open; needs irqchip "kernel".
         features: CPUID features to leave out, ``"-xsave,-avx"``, by their names in /proc/cpuinfo.
         cpuid: ``"host"`` for everything that KVM supports here, a list of
             ``struct kvm_cpuid_entry2``, or None for none at all.
@@ -67,6 +72,7 @@ class Machine(Hooks):
     Attributes:
         memory: the :class:`~pykvm.memory.GuestMemory`; also ``m.mem``.
         cpus: the :class:`~pykvm.Cpu` objects; ``m.cpu`` is the first.
+        irqchip: its interrupt lines (:mod:`pykvm.irqchip`), or None.
         pc: the devices of a PC after :meth:`boot`, else None; ``m.console`` is its serial console.
         pio, mmio: the buses; their actions (``m.pio.fifo(0x3f8)``) need no Python per access.
         vm, kvm: the objects of :mod:`pykvm.kvm` below, for every other ioctl.
@@ -82,36 +88,39 @@ class Machine(Hooks):
         memory: int | str | GuestMemory = "2M",
         *,
         cpus: int = 1,
-        irqchip: bool = False,
+        irqchip: str | bool | None = None,
         pit: bool = False,
+        pic: str = "reset",
         features: str = "",
         cpuid: str | list[Any] | None = "host",
         path: str = "/dev/kvm",
     ) -> None:
         if not 1 <= cpus <= MAX_CPUS:
             raise ValueError(f"cpus must be 1..{MAX_CPUS}, not {cpus}")
-        if pit and not irqchip:
-            raise ValueError("pit=True needs irqchip=True: the timer interrupts through it")
+        kind = self._irqchip_kind(irqchip, pit, pic)
         self.cpus: tuple[Cpu, ...] = ()
         self._runners: list[Runner] = []
-        self._slots: list[Slot] = []
+        self._slots: list[Handler] = []
         self._hooks: dict[int, Callable[[Any], object]] = {}
         self._msrs: dict[int, Callable[[Any], object]] = {}
         self._closed = False
-        self._irqchip = irqchip
+        self.irqchip: KernelIrqchip | SplitIrqchip | None = None
         self._features = features
         self._ending: End | None = None
+        self._running = False
+        self._background: Background | None = None
         self.pc: Pc | None = None
         self._virtio: Attachments | None = None
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
         self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
-        self.kvm = Kvm(path)
+        self.kvm: Kvm
+        self.kvm, host = open_kvm(path)
         try:
             self.vm: Vm = self.kvm.create_vm()
             try:
                 self.memory = memory if isinstance(memory, GuestMemory) else ram(memory)
-                self._populate(cpus, irqchip, pit, cpuid)
+                self._populate(cpus, kind, pit, pic, cpuid, host)
             except BaseException:
                 self.close()
                 raise
@@ -119,17 +128,47 @@ class Machine(Hooks):
             self.kvm.close()
             raise
 
-    def _populate(self, cpus: int, irqchip: bool, pit: bool, cpuid: str | list[Any] | None) -> None:
+    @staticmethod
+    def _irqchip_kind(irqchip: str | bool | None, pit: bool, pic: str) -> str | None:
+        kind = None
+        if irqchip:
+            from pykvm.irqchip import kind_of
+
+            kind = kind_of(irqchip)
+        if pic not in ("reset", "bios"):
+            raise ValueError(f'pic is "reset" or "bios", not {pic!r}')
+        if pit and kind != "kernel":
+            raise ValueError('pit=True needs irqchip="kernel": the timer interrupts through it')
+        if pic == "bios" and kind != "kernel":
+            raise ValueError('pic="bios" needs irqchip="kernel": there is no other PIC')
+        return kind
+
+    def _populate(
+        self,
+        cpus: int,
+        kind: str | None,
+        pit: bool,
+        pic: str,
+        cpuid: str | list[Any] | None,
+        host: Host,
+    ) -> None:
         self.memory.attach(self._register)
+        irqchip = kind is not None
         if irqchip:
-            self.vm.create_irqchip()
-        if pit:
-            self.vm.create_pit2()
-        if irqchip:
+            from pykvm.irqchip import KernelIrqchip, SplitIrqchip
+
+            if kind == "split":
+                self.irqchip = SplitIrqchip(self.vm, self)
+            else:
+                self.irqchip = chip = KernelIrqchip(self.vm)
+                if pit:
+                    self.vm.create_pit2()
+                if pic == "bios":
+                    chip.program_pic_as_bios()
             self._prepare_for_intel()
-        host = host_of(self.kvm)
         entries, for_first, gigapages = self._cpuid(cpuid, host)
         features = self._wanted_features()
+        power_on = host.power_on if cpus == 1 and not irqchip else None
         made = []
         for index in range(cpus):
             vcpu = self.vm.create_vcpu(index)
@@ -152,7 +191,7 @@ class Machine(Hooks):
                     vcpu.set_cpuid2(
                         prepare(entries, index, cpus, irqchip=irqchip, features=features)
                     )
-            made.append(Cpu(index, vcpu, runner, self.memory, entries, gigapages))
+            made.append(Cpu(index, vcpu, runner, self.memory, entries, gigapages, power_on))
         self.cpus = tuple(made)
 
     def _prepare_for_intel(self) -> None:
@@ -239,7 +278,8 @@ class Machine(Hooks):
     ) -> BootPlan:
         """Load a kernel and get ready to run it, on the devices of a PC.
 
-        ``run()`` then starts it; the machine needs ``irqchip=True`` and ``pit=True``.
+        ``run()`` then starts it; the machine needs an irqchip, and with ``irqchip="kernel"`` also
+        ``pit=True``.
 
         Args:
             kernel: bzImage, ELF vmlinux, PVH or multiboot image, as a path or bytes.
@@ -259,7 +299,7 @@ class Machine(Hooks):
         """
         from pykvm.pc import boot
 
-        if not self._irqchip:
+        if self.irqchip is None:
             raise ValueError("boot() needs a Machine(irqchip=True, pit=True)")
         if self.pc is not None:
             raise ValueError("this machine was booted already: make another")
@@ -319,7 +359,7 @@ class Machine(Hooks):
             raise ValueError("the machine was booted already: give it its devices before boot()")
         if self._virtio is None:
             self._virtio = Attachments(self)
-        self._virtio.add(device, io=io, base=base, gsi=gsi, irqchip=self._irqchip)
+        self._virtio.add(device, io=io, base=base, gsi=gsi)
         return device
 
     def disk(
@@ -424,6 +464,71 @@ class Machine(Hooks):
             BusyError: a vCPU runs already, in another thread.
             ClosedError: the machine is closed.
         """
+        cpus = self._cpus_to_run(timeout, max_exits)
+        if isinstance(cpus, RunResult):
+            return cpus
+        if self._running:
+            raise self._busy()
+        self._running = True  # up to the try no call: neither a thread nor a signal comes between
+        try:
+            return self._run_them(cpus, timeout, max_exits)
+        finally:
+            self._running = False
+
+    def start(self, timeout: float | None = None, *, max_exits: int | None = None) -> Background:
+        """Run as :meth:`run` does, but in the background: the script goes on at once.
+
+        ::
+
+            with m.start(timeout=60) as running:
+                m.console.expect(b"login: ")
+                m.console.write(b"root\\n")
+                result = running.wait()
+
+        Leaving the ``with`` block, or closing the machine, stops the run.
+
+        Returns:
+            The run, to wait for and to stop.
+
+        Raises:
+            BusyError, ClosedError: as :meth:`run`; what handlers raise comes from ``wait()``.
+        """
+        from pykvm.background import Background
+
+        cpus = self._cpus_to_run(timeout, max_exits)
+        if isinstance(cpus, RunResult):
+            return Background(self, cpus)
+        if self._running:
+            raise self._busy()
+        self._running = True
+        try:
+            for cpu in cpus:
+                cpu._runner.owner = RESERVED
+            background = Background(self)
+            if self.pc is not None:
+                self.pc.run_begins()  # here, so that the console can be waited on at once
+            background.begin(lambda: self._run_them(cpus, timeout, max_exits))
+        except BaseException:
+            if self.pc is not None:
+                self.pc.run_ended()
+            self._background_ended()
+            raise
+        self._background = background
+        return background
+
+    def _background_ended(self) -> None:
+        for runner in self._runners:
+            if runner.owner == RESERVED:  # it never came to run
+                runner.owner = 0
+        self._running = False
+
+    @property
+    def running(self) -> bool:
+        """Whether it runs now, in whatever thread."""
+        return self._running
+
+    def _cpus_to_run(self, timeout: float | None, max_exits: int | None) -> list[Cpu] | RunResult:
+        """Check what a run was asked for: the vCPUs for it, or why one of them cannot go on."""
         if self._closed:
             raise ClosedError("this machine is closed")
         if timeout is not None and not timeout >= 0:
@@ -431,13 +536,15 @@ class Machine(Hooks):
         if max_exits is not None and max_exits < 0:
             raise ValueError(f"max_exits must be at least 0, not {max_exits}")
         cpus = [cpu for cpu in self.cpus if cpu.entered] or [self.cpus[0]]
-        if self._irqchip:
+        if self.irqchip is not None:
             cpus = list(self.cpus)
         for cpu in cpus:
             if cpu.ended:
                 return self._still_ended(cpu)
-        if any(runner.owner for runner in self._runners):
-            raise self._busy()
+        return cpus
+
+    def _run_them(self, cpus: list[Cpu], timeout: float | None, max_exits: int | None) -> RunResult:
+        """A run of these vCPUs; the machine is claimed for it."""
         before = sum(cpu._runner.c.exits for cpu in cpus)
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
@@ -487,7 +594,7 @@ class Machine(Hooks):
             if len(self.cpus) > 1:  # stop() was for this run, also where it reached none that ran
                 for runner in self._runners:
                     runner.forget_stop()
-        ending, self._ending = self._ending, None
+            ending, self._ending = self._ending, None
         if end.reason == reasons.STOPPED and ending is not None:
             end = ending
         if end.reason in _FATAL:
@@ -496,15 +603,19 @@ class Machine(Hooks):
 
     def _finish(self, result: RunResult, cpu: Cpu, cpus: list[Cpu]) -> None:
         """Say why, for every end but a plain halt."""
-        if result.reason in (reasons.TIMEOUT, reasons.INTERRUPTED):
+        if result.reason in reasons.WATCHED:
             result.cpus = tuple(each.state() for each in cpus)
             if self.pc is not None:
                 for state in result.cpus:
                     state.symbol = self.pc.symbol(state.rip)
+        if self.pc is not None and result.reason in _DOUBTFUL:
+            from pykvm.suitability import obstacle
+
+            result.advice = obstacle(self)
         if result.reason in _FATAL:
             from pykvm.diagnose import explain
 
-            result.error = explain(cpu, result.reason, result.exit)
+            result.error = explain(cpu, result.reason, result.exit, result.advice)
         elif not result.ok:
             from pykvm.diagnose import incomplete
 
@@ -540,6 +651,12 @@ class Machine(Hooks):
         for runner in self._runners:
             runner.stop()
 
+    def forget_stop(self) -> None:
+        """Take back a stop() that came when nothing ran: the next run goes on."""
+        self._ending = None
+        for runner in self._runners:
+            runner.forget_stop()
+
     # ---- life ----------------------------------------------------------------------------------
 
     @property
@@ -553,13 +670,15 @@ class Machine(Hooks):
         Views of the memory (``m.mem.view(…)``) stay valid; the mapping goes with the last one.
 
         Raises:
-            BusyError: a vCPU is running in another thread: stop() it and join that first.
+            BusyError: it runs, by run() in another thread: stop() it and join that first. A run
+                by start() is stopped here.
         """
-        for runner in self._runners:
-            if runner.owner:
-                raise self._busy()
         if self._closed:
             return
+        if self._background is not None:
+            self._background.close()
+        if self._running:
+            raise self._busy()
         self._closed = True
         if self._virtio is not None:
             self._virtio.close()
@@ -591,8 +710,10 @@ class Machine(Hooks):
     def __repr__(self) -> str:
         if self._closed:
             return "<Machine closed>"
-        chip = ", irqchip" if self._irqchip else ""
+        chip = "" if self.irqchip is None else f", {self.irqchip.kind} irqchip"
         return f"<Machine {len(self.cpus)} cpus{chip}, {self.memory!r}>"
 
 
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
+_DOUBTFUL = (*_FATAL, reasons.TIMEOUT, reasons.UNSUPPORTED)
+"""How a stock kernel ends on a KVM that cannot run it."""

@@ -11,7 +11,6 @@ import threading
 import time
 
 from pykvm import boot as loaders
-from pykvm import kvm
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc as places
 from pykvm.arch.x86_64.acpi import build_acpi
@@ -31,12 +30,17 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.boot import BootPlan
+    from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.machine import Machine
+    from pykvm.symbols import Symbols
 
 PANIC = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"
 PANIC_GRACE = 2.0
 """Seconds that a kernel has to print the rest after it said that it panics."""
+
+_KERNEL_SIZE = 4 << 20
+"""Smaller ELF files are guests made by hand."""
 
 
 class PanicWatch:
@@ -65,7 +69,7 @@ class PanicWatch:
 
 
 class Pc:
-    """The devices of a PC, attached to a machine with an in-kernel irqchip.
+    """The devices of a PC, attached to a machine with an irqchip.
 
     Attributes:
         serial: COM1.
@@ -75,28 +79,29 @@ class Pc:
     """
 
     def __init__(self, machine: Machine, output: Callable[[bytes], object] | None = None) -> None:
+        irqchip = machine.irqchip
+        if irqchip is None:
+            raise ValueError("a PC needs a Machine with an irqchip")
         self._machine = machine
         self.panic = ""
         self.plan: BootPlan | None = None
         self.started = time.monotonic()
         self.system_map: str | os.PathLike[str] | None = None
+        self._symbols: Symbols | None = None
         self._grace: threading.Timer | None = None
         self._irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            vm = machine.vm
-            vm.set_gsi_routing(
-                [kvm.irqchip_route(gsi, _CHIPS[chip], pin) for gsi, chip, pin in places.GSI_ROUTES]
-            )
-            vm.irqfd(self._irq, places.COM1_GSI)
+            irqchip.wire_as_pc()
+            irqchip.connect(self._irq, places.COM1_GSI)
             self.serial = Serial(irq=self._irq, flow_control=True)
             self._watch = PanicWatch(self._on_panic, self._after_panic)
             self.console = Console(self.serial, output=output, watch=self._watch)
-            self._attach(machine)
+            self._attach(machine, irqchip)
         except BaseException:
             os.close(self._irq)
             raise
 
-    def _attach(self, machine: Machine) -> None:
+    def _attach(self, machine: Machine, irqchip: KernelIrqchip | SplitIrqchip) -> None:
         pio = machine.pio
         below = sum(r.memory_size for r in machine.memory.regions if r.guest_phys_addr < 1 << 32)
         self.serial.attach(pio, places.COM1)
@@ -112,7 +117,7 @@ class Pc:
         PostCode().attach(pio, 0x80)
         Pvpanic(self._on_pvpanic).attach(pio, 0x505)
         self._pm = PowerManagement(
-            self._on_power_off, on_sci=lambda level: machine.vm.irq_line(places.SCI_GSI, level)
+            self._on_power_off, on_sci=lambda level: irqchip.line(places.SCI_GSI, level)
         )
         self._pm.attach(pio, places.PM_BASE)
         pio.unclaimed("ignore")
@@ -165,15 +170,29 @@ class Pc:
             phases["first_byte"] = self.console.first_byte - self.started
         return phases
 
+    @property
+    def is_linux(self) -> bool:
+        """Whether this looks like a stock Linux kernel: a bzImage, or another image of its size."""
+        plan = self.plan
+        if plan is None or plan.protocol == "multiboot":
+            return False
+        return bool(plan.version) or plan.kernel[1] >= _KERNEL_SIZE
+
     def symbol(self, address: int) -> str:
         """``name+0x12`` for an address of the kernel, or "" without its symbols."""
-        from pykvm.symbols import Symbols
+        if self._symbols is None:
+            from pykvm.symbols import Symbols
 
-        if self.system_map is not None:
-            return Symbols.of_system_map(self.system_map).name(address)
-        if self.plan is not None and self.plan.symbols:
-            return Symbols(self.plan.symbols).name(address)
-        return ""
+            known = self.plan.symbols if self.plan is not None else {}
+            try:
+                self._symbols = (
+                    Symbols(known)
+                    if self.system_map is None
+                    else Symbols.of_system_map(self.system_map)
+                )
+            except (OSError, ValueError):  # bad further down: how the run ended matters more
+                self._symbols = Symbols(known)
+        return self._symbols.name(address)
 
     def close(self) -> None:
         """Give back what is ours; the claims go with the machine's buses."""
@@ -182,13 +201,6 @@ class Pc:
         if self._irq >= 0:
             os.close(self._irq)
             self._irq = -1
-
-
-_CHIPS = {
-    "pic-master": kvm.KVM_IRQCHIP_PIC_MASTER,
-    "pic-slave": kvm.KVM_IRQCHIP_PIC_SLAVE,
-    "ioapic": kvm.KVM_IRQCHIP_IOAPIC,
-}
 
 
 def boot(
@@ -207,10 +219,18 @@ def boot(
 
     See ``Machine.boot``, which calls this.
     """
+    if system_map is not None:
+        from pykvm.symbols import check_system_map
+
+        check_system_map(system_map)
     pc = Pc(machine, output)
     try:
+        assert machine.irqchip is not None
         acpi = build_acpi(
-            cpus=len(machine.cpus), base=places.ACPI_BASE, virtio=machine.virtio_windows
+            cpus=len(machine.cpus),
+            base=places.ACPI_BASE,
+            pic=machine.irqchip.has_pic,
+            virtio=machine.virtio_windows,
         )
         pc.plan = plan = loaders.load(
             machine.memory,

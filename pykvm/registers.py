@@ -1,4 +1,7 @@
-"""Descriptors that make the registers in a vCPU's run page attributes of :class:`pykvm.Cpu`."""
+"""Descriptors that make the system registers in a vCPU's run page attributes of :class:`pykvm.Cpu`.
+
+The general ones are written in C, ``csrc/registers.c``: handlers read them on every exit.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ if TYPE_CHECKING:
 
     from pykvm.cpu import Cpu
 
-REGS = 1
 SREGS = 2
 
 
@@ -31,37 +33,13 @@ class _Register:
         self.name = name
 
 
-class Whole(_Register):
-    """A 64-bit register: a general one, RIP or RFLAGS."""
+class Control(_Register):
+    """A control register, EFER or the APIC base, in ``struct kvm_sregs``."""
 
     __slots__ = ("field",)
 
     def __init__(self, field: str) -> None:
         self.field = field
-
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> int: ...
-    def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
-        if cpu is None:
-            return self
-        value: int = getattr(cpu.load_regs(), self.field)
-        return value
-
-    def __set__(self, cpu: Cpu, value: int) -> None:
-        struct = cpu.load_regs()
-        try:
-            setattr(struct, self.field, value)
-        except (TypeError, OverflowError):  # cffi's words for it, not ours
-            setattr(struct, self.field, _fits(self.name, value, 64))
-        cpu.dirty(REGS)
-
-
-class Control(Whole):
-    """A control register, EFER or the APIC base, in ``struct kvm_sregs``."""
-
-    __slots__ = ()
 
     @overload
     def __get__(self, cpu: None, owner: type) -> Self: ...
@@ -80,62 +58,6 @@ class Control(Whole):
         except (TypeError, OverflowError):  # cffi's words for it, not ours
             setattr(struct, self.field, _fits(self.name, value, 64))
         cpu.dirty(SREGS)
-
-
-class Part(_Register):
-    """A part of a general register: ``bits`` wide, ``shift`` bits up.
-
-    Writing 32 bits clears the upper half; writing fewer leaves the rest (SDM Vol. 1 §3.4.1.1).
-    """
-
-    __slots__ = ("bits", "field", "shift")
-
-    def __init__(self, field: str, bits: int, shift: int = 0) -> None:
-        self.field = field
-        self.bits = bits
-        self.shift = shift
-
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> int: ...
-    def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
-        if cpu is None:
-            return self
-        value: int = getattr(cpu.load_regs(), self.field)
-        return value >> self.shift & (1 << self.bits) - 1
-
-    def __set__(self, cpu: Cpu, value: int) -> None:
-        value = _fits(self.name, value, self.bits) << self.shift
-        regs = cpu.load_regs()
-        if self.bits < 32:
-            mask = (1 << self.bits) - 1 << self.shift
-            value |= getattr(regs, self.field) & ~mask
-        setattr(regs, self.field, value)
-        cpu.dirty(REGS)
-
-
-class Flag(_Register):
-    """One bit of RFLAGS, as a bool."""
-
-    __slots__ = ("bit",)
-
-    def __init__(self, bit: int) -> None:
-        self.bit = bit
-
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> bool: ...
-    def __get__(self, cpu: Cpu | None, owner: type) -> Self | bool:
-        if cpu is None:
-            return self
-        return bool(cpu.load_regs().rflags >> self.bit & 1)
-
-    def __set__(self, cpu: Cpu, value: bool) -> None:
-        regs = cpu.load_regs()
-        regs.rflags = regs.rflags & ~(1 << self.bit) | bool(value) << self.bit
-        cpu.dirty(REGS)
 
 
 class Field(_Register):

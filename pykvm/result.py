@@ -37,11 +37,18 @@ REBOOT = "reboot"
 """A booted machine reset itself."""
 PANIC = "panic"
 """A booted kernel panicked, as its console or the pvpanic device said."""
+UNSUPPORTED = "unsupported"
+"""What was booted cannot run on this KVM, and was given up: the error says why."""
+TERMINATED = "terminated"
+"""The process was asked to end (SIGTERM, SIGHUP): ``pykvm boot`` and ``pykvm run`` end so."""
 
 REASONS = (
     HALTED, STOPPED, DEBUG_EXIT, TIMEOUT, LIMIT, INTERRUPTED, SHUTDOWN, FAILED_ENTRY,
-    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, POWER_OFF, REBOOT, PANIC,
+    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, POWER_OFF, REBOOT, PANIC, UNSUPPORTED, TERMINATED,
 )  # fmt: skip
+
+WATCHED = (TIMEOUT, INTERRUPTED, UNSUPPORTED, TERMINATED)
+"""The guest was cut short from outside: ``result.cpus`` says where it was."""
 
 
 def _duration(seconds: float) -> str:
@@ -97,15 +104,18 @@ class RunResult:
             None where the run did not end with one.
         code: the exit code, for "debug-exit" and stop ports, else None.
         cpu: index of the vCPU that ended the run.
-        cpus: where every vCPU was, one :class:`CpuState` each, after "timeout" and "interrupted".
+        cpus: where every vCPU was, one :class:`CpuState` each, after "timeout", "interrupted",
+            "terminated" and "unsupported".
         timings: of a booted machine, seconds from ``boot()`` to each phase: "read", "unpack",
             "load", "first_instruction", "first_byte".
         devices: what every virtio device has counted since it was made, by its name.
+        advice: of a booted kernel that this KVM cannot run: why, and what to do; else "".
         error: the explanation as an exception, for the reasons that are failures, else None.
     """
 
     __slots__ = (
-        "code", "cpu", "cpus", "devices", "error", "exit", "exits", "reason", "seconds", "timings",
+        "advice", "code", "cpu", "cpus", "devices", "error", "exit", "exits", "reason", "seconds",
+        "timings",
     )  # fmt: skip
 
     def __init__(
@@ -129,6 +139,7 @@ class RunResult:
         self.cpu = cpu
         self.cpus = cpus
         self.error = error
+        self.advice = ""
         self.timings = timings or {}
         self.devices: dict[str, dict[str, Any]] = {}
 
@@ -159,7 +170,7 @@ class RunResult:
             text += f" {self.code}"
         if self.exit is not None and self.reason in (UNCLAIMED, OTHER_EXIT):
             text += f" {self.exit!r}"
-        if len(self.cpus) > 1 or self.reason not in (TIMEOUT, INTERRUPTED, LIMIT):
+        if len(self.cpus) > 1 or self.reason not in (*WATCHED, LIMIT):
             text += f" on cpu {self.cpu}" if len(self.cpus) > 1 else ""
         text += f" after {self.exits} exits, {_duration(self.seconds)}"
         return "\n  ".join([text, *map(repr, self.cpus)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
+
+from pykvm.errors import BootError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    import os
     from collections.abc import Mapping
     from typing import Self
 
@@ -33,11 +35,8 @@ class Symbols:
         addresses: dict[str, int] = {}
         with open(path, encoding="ascii", errors="replace") as file:
             for number, line in enumerate(file, 1):
-                fields = line.split()
-                try:
-                    addresses[fields[2]] = int(fields[0], 16)
-                except (IndexError, ValueError):
-                    raise ValueError(f"{path}, line {number} is no symbol: {line!r}") from None
+                address, name = _symbol(path, number, line)
+                addresses[name] = address
         return cls(addresses)
 
     def name(self, address: int) -> str:
@@ -47,3 +46,25 @@ class Symbols:
             return ""
         offset = address - self._addresses[at]
         return self._names[at] + (f"+{offset:#x}" if offset else "")
+
+
+def check_system_map(path: str | os.PathLike[str]) -> None:
+    """Look whether this is a System.map, by its first line: to read it all takes its time.
+
+    Raises:
+        BootError: it is none.
+    """
+    with open(path, encoding="ascii", errors="replace") as file:
+        line = file.readline(1000)
+    try:
+        _symbol(path, 1, line)
+    except ValueError as error:
+        raise BootError(f"System.map: {error}") from None
+
+
+def _symbol(path: str | os.PathLike[str], number: int, line: str) -> tuple[int, str]:
+    fields = line.split()
+    try:
+        return int(fields[0], 16), fields[2]
+    except (IndexError, ValueError):
+        raise ValueError(f"{os.fspath(path)}, line {number} is no symbol: {line!r}") from None

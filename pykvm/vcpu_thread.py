@@ -1,8 +1,8 @@
 """The run state machine of one vCPU: drive the C loop, and serve what it hands to Python.
 
-One exit, from end to end: ``pykvm_vcpu_run`` (``csrc/vcpu_loop.c``) runs KVM_RUN, looks the address
-up (``csrc/bus.c``) and either serves it there and goes on, or returns here; :meth:`Runner.run`
-calls the handler and passes its answer with the next call.
+One exit, from end to end: ``pykvm_vcpu_answer`` (``csrc/vcpu_loop.c``) runs KVM_RUN, looks the
+address up (``csrc/bus.c``) and either serves it there and goes on, or returns; an access for a
+handler is then given to it by ``csrc/dispatch.c``, everything else comes back to :class:`Runner`.
 """
 
 from __future__ import annotations
@@ -11,9 +11,7 @@ import errno
 from _thread import get_ident
 
 from pykvm import result as reasons
-from pykvm._abi import ffi, lib
-from pykvm.devices.access import SLOT_SHIFT, VALUE, Access, MmioAccess, PioAccess, WideAccess
-from pykvm.devices.ring import RingDevice
+from pykvm._abi import _cpython, ffi, lib
 from pykvm.errors import BusyError, ClosedError, KvmError
 from pykvm.kvm import ioctl
 
@@ -22,13 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pykvm.devices.bus import Bus, Slot
+    from pykvm.devices.access import Access
+    from pykvm.devices.bus import Bus, Handler
     from pykvm.kvm import Vcpu
 
 NEVER = (1 << 63) - 1
 """The deadline (CLOCK_MONOTONIC, ns) of a run without one."""
 UNLIMITED = (1 << 64) - 1
 """The exit limit of a run without one."""
+
+RESERVED: int = lib.PYKVM_RESERVED
+"""The owner of a vCPU that a thread is about to run."""
 
 
 class End:
@@ -66,7 +68,7 @@ class Runner:
         self,
         vcpu: Vcpu,
         index: int,
-        slots: list[Slot],
+        slots: list[Handler],
         buses: tuple[Bus, Bus],
         hooks: dict[int, Callable[[Any], object]],
         msrs: dict[int, Callable[[Any], object]],
@@ -74,12 +76,12 @@ class Runner:
     ) -> None:
         self.vcpu = vcpu
         self._page = vcpu.kvm_run  # C has a bare pointer to it
-        self.owner = 0  # ident of the thread that runs it
         self._slots = slots
         self._buses = buses
         self._hooks = hooks
         self._msrs = msrs
         self.c = c = ffi.new("struct pykvm_vcpu *")
+        self.address = int(ffi.cast("uintptr_t", c))
         c.run = vcpu.kvm_run
         c.fd = vcpu.fd
         c.index = index
@@ -89,6 +91,16 @@ class Runner:
         c.deadline = NEVER
         for bus in buses:
             bus.attach(c)
+
+    @property
+    def owner(self) -> int:
+        """Ident of the thread that runs it, RESERVED, or 0."""
+        owner: int = self.c.owner
+        return owner
+
+    @owner.setter
+    def owner(self, ident: int) -> None:
+        self.c.owner = ident
 
     def stop(self) -> None:
         """End the run, or if there is none the next one. From any thread, also a handler."""
@@ -131,7 +143,7 @@ class Runner:
             lock: taken around every handler, where several vCPUs share them.
         """
         c = self.c
-        if self.owner:
+        if self.owner and self.owner != RESERVED:
             raise self._busy()
         page = self._page  # held, so that another thread's close() cannot take it from under C
         if page is None:
@@ -143,10 +155,10 @@ class Runner:
             c.exit_limit = UNLIMITED if max_exits is None else min(c.exits + max_exits, UNLIMITED)
             c.trace = ioctl.tracing()
             c.run.kvm_valid_regs = 0  # registers cost an exit nothing until a handler asks for them
-            return self._loop(c, lock)
+            return self._loop(lock)
         finally:
-            if self.owner == me:  # no calls up to the end: nothing can raise in between
-                self.owner = 0
+            if c.owner == me:  # no calls up to the end: nothing can raise in between
+                c.owner = 0
                 c.stop = 0
             lib.pykvm_vcpu_end(c)
             del page
@@ -163,36 +175,23 @@ class Runner:
             raise KvmError("timer_create", -error)
         self.owner = get_ident()
 
-    def _loop(self, c: Any, lock: Any) -> End:
-        run, reply = lib.pykvm_vcpu_run, lib.pykvm_vcpu_answer
-        slots = self._slots
-        answer: Any = None
+    def _loop(self, lock: Any) -> End:
+        vcpu, handlers = self.address, self._slots
+        call: Any = None
+        if lock is not None:
+
+            def call(handler: Handler, access: Access) -> Any:
+                return self._call(lock, handler, access)
+
         while True:
             try:
-                word = run(c) if answer is None else reply(c, answer)
-            except (TypeError, OverflowError):
-                raise self._bad_answer(answer) from None
+                outcome = _cpython.run(vcpu, handlers, call)
             except BaseException:  # a signal's handler raised when C was back: the exit is unseen
                 self.give_back()
                 raise
-            if word >= 0:
-                handler, kind, base = slots[word >> SLOT_SHIFT]
-                access = kind()
-                access.value = word & VALUE
-                access._word = word
-                access._base = base
-                answer = handler(access) if lock is None else self._call(lock, handler, access)
-            elif word == lib.PYKVM_WIDE:
-                answer = self._call(lock, slots[c.access.slot][0], self.access())
-                if isinstance(answer, int) and answer >> 63 == 1:
-                    answer -= 1 << 64  # the seam is signed
-            elif word == lib.PYKVM_BAD_ANSWER:
-                raise self._bad_answer(answer)
-            else:
-                answer = None
-                end = self._other(word, lock)
-                if end is not None:
-                    return end
+            end = self._other(outcome, lock)
+            if end is not None:
+                return end
 
     def _call(self, lock: Any, function: Callable[..., object], *arguments: Any) -> Any:
         if lock is None:
@@ -207,35 +206,35 @@ class Runner:
                 self.give_back()
             raise
 
-    def _other(self, word: int, lock: Any) -> End | None:
+    def _other(self, outcome: int, lock: Any) -> End | None:
         """Everything but an access for a handler: None to go on."""
         c = self.c
-        if word == lib.PYKVM_INTERRUPTED:
+        if outcome == lib.PYKVM_INTERRUPTED:
             return None  # back in Python bytecode, so Python has run its signal handlers
-        if word == lib.PYKVM_EXIT:
+        if outcome == lib.PYKVM_EXIT:
             return self._exit(lock)
-        if word == lib.PYKVM_TRACED:
+        if outcome == lib.PYKVM_TRACED:
             c.trace = ioctl.tracing()
             if c.trace:
                 from pykvm.kvm.tracing import log_run
 
                 log_run(self.vcpu, -c.error)
             return None
-        if word == lib.PYKVM_FULL:
+        if outcome == lib.PYKVM_FULL:
             claim = self._claim()
-            if claim is not None and isinstance(claim.device, RingDevice):
+            if claim is not None and claim.drains:
                 self._call(lock, claim.device.drain)
             return None  # else it was released meanwhile, and C finds who serves it now
-        if word == lib.PYKVM_UNCLAIMED:
+        if outcome == lib.PYKVM_UNCLAIMED:
             return End(reasons.UNCLAIMED, self.access())
-        if word == lib.PYKVM_STOPPED:
+        if outcome == lib.PYKVM_STOPPED:
             claim = self._claim()
             return End((claim and claim.tag) or reasons.STOPPED, self.access(), c.access.value)
-        if word == lib.PYKVM_FAILED:
+        if outcome == lib.PYKVM_FAILED:
             if c.error == errno.EINVAL and c.run.kvm_dirty_regs:
                 return End(reasons.FAILED_ENTRY)  # the state handed in was refused
             ioctl.fail(self.vcpu, "KVM_RUN", c.error)
-        return End(_WORDS[word])
+        return End(_OUTCOMES[outcome])
 
     def _exit(self, lock: Any) -> End | None:
         from pykvm.kvm.exits import decode
@@ -274,28 +273,7 @@ class Runner:
 
     def access(self) -> Access:
         """The access being served, as a value of its own."""
-        a = self.c.access
-        if a.is_mmio:
-            return WideAccess(a.address - a.offset, a.offset, a.value, a.size, bool(a.is_write))
-        access = PioAccess()
-        access.value = a.value
-        access._base = a.address
-        size = a.size.bit_length() - 1
-        access._word = a.value | size << lib.PYKVM_SIZE_SHIFT | a.is_write << lib.PYKVM_WRITE_SHIFT
-        return access
-
-    def _bad_answer(self, answer: Any) -> Exception:
-        access = self.access()
-        where = access.gpa if isinstance(access, MmioAccess) else access._base
-        if isinstance(answer, int):
-            return ValueError(
-                f"the handler at {where:#x} answered {answer:#x}, which does not fit the"
-                f" {access.size} byte{'s' * (access.size > 1)} of the read"
-            )
-        return TypeError(
-            f"the handler at {where:#x} must answer a read with an int or None, not"
-            f" {type(answer).__name__}"
-        )
+        return _cpython.last_access(self.address)
 
     def complete(self) -> None:
         """Let KVM finish the instruction of the last exit, without running the guest further.
@@ -326,18 +304,21 @@ class Runner:
     def _complete(self, c: Any) -> None:
         run = lib.pykvm_vcpu_run
         limit, c.exit_limit, c.deadline, c.trace = c.exit_limit, UNLIMITED, NEVER, 0
+        stopped = False
         try:
             while True:
                 c.run.immediate_exit = 1
-                word = run(c)
-                if word == lib.PYKVM_FULL:
+                outcome = run(c)
+                if outcome == lib.PYKVM_FULL:
                     c.access.pending = lib.PYKVM_UNANSWERED  # nobody made room: it is given up
-                elif word == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:
+                elif outcome == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:
                     c.run.kvm_dirty_regs &= ~lib.KVM_SYNC_X86_SREGS  # refused, and in the way
-                elif word == lib.PYKVM_KICKED:
-                    c.stop = 1  # meant for a run
-                    return
-                elif word in (lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
+                elif outcome in (lib.PYKVM_KICKED, lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
+                    stopped |= outcome == lib.PYKVM_KICKED  # meant for a run
+                    if c.access.pending == lib.PYKVM_RETRY:
+                        continue  # more items of a string instruction
+                    if stopped:
+                        c.stop = lib.PYKVM_STOP_OTHER
                     return
         finally:
             c.exit_limit = limit
@@ -348,7 +329,7 @@ _KICK_TAKEN = (
     f"signal {lib.pykvm_kick_signal()} (SIGRTMIN+5) has a handler already; pykvm needs it to get"
     " vCPUs out of the guest"
 )
-_WORDS = {
+_OUTCOMES = {
     lib.PYKVM_LIMIT: reasons.LIMIT,
     lib.PYKVM_TIMEOUT: reasons.TIMEOUT,
     lib.PYKVM_KICKED: reasons.STOPPED,

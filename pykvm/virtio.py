@@ -31,6 +31,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.machine import Machine
 
 __all__ = ["Attachments", "Blk", "Console", "DiskSpec", "Rng", "VirtioDevice", "disk"]
@@ -72,9 +73,7 @@ class Attachments:
         self.threads = [self.io]
         self.error: BaseException | None = None
 
-    def add(
-        self, device: VirtioDevice, *, io: str, base: int | None, gsi: int | None, irqchip: bool
-    ) -> None:
+    def add(self, device: VirtioDevice, *, io: str, base: int | None, gsi: int | None) -> None:
         """See ``Machine.virtio``."""
         if io not in ("thread", "sync"):
             raise ValueError(f'io is "thread" or "sync", not {io!r}')
@@ -86,13 +85,13 @@ class Attachments:
         if any(machine.memory.covers(base + at) for at in (0, LENGTH - 1)):
             raise ValueError(f"there is RAM at {base:#x}: give the window another base=")
         irq = None
-        if irqchip:
+        if machine.irqchip is not None:
             if gsi is None:
                 free = [each for each in places.VIRTIO_GSIS if each not in self._gsis]
                 if not free:
                     raise ValueError("every interrupt line for virtio devices is taken: give gsi=")
                 gsi = free[0]
-            irq = self._line(gsi)
+            irq = self._line(machine.irqchip, gsi)
         else:
             gsi = None
         try:
@@ -120,11 +119,11 @@ class Attachments:
         self.threads.append(IoThread(f"pykvm-{device.NAME}", on_error=self._failed))
         return self.threads[-1]
 
-    def _line(self, gsi: int) -> int:
+    def _line(self, irqchip: KernelIrqchip | SplitIrqchip, gsi: int) -> int:
         """An eventfd that raises an interrupt, as an edge."""
         irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
-            self._machine.vm.irqfd(irq, gsi)
+            irqchip.connect(irq, gsi)
         except BaseException:
             os.close(irq)
             raise

@@ -102,6 +102,12 @@ device_option = click.option(
     help="The KVM device.",
 )
 
+test_devices_option = click.option(
+    "--test-devices",
+    is_flag=True,
+    help="QEMU's isa-debug-exit, pc-testdev and fw_cfg; a debug-exit with N exits with 2N+1.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 

@@ -24,9 +24,13 @@ UNCLAIMED = 7
 OTHER_EXIT = 8
 REBOOT = 9
 PANIC = 10
+UNSUPPORTED = 11
 TIMEOUT = 124
+SIGNALLED = 128
+HANGUP = 129
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+TERMINATED = 143
 GUEST = 200
 GUEST_LARGE = 255
 
@@ -42,9 +46,12 @@ TABLE: tuple[tuple[str, str], ...] = (
     (f"{OTHER_EXIT}", "exit: another exit of KVM that nothing handles"),
     (f"{REBOOT}", "reboot: a booted machine reset itself"),
     (f"{PANIC}", "panic: a booted kernel panicked"),
+    (f"{UNSUPPORTED}", "unsupported: this KVM cannot run a stock kernel, and it was given up"),
     (f"{TIMEOUT}", "timeout, as of timeout(1)"),
-    (f"{INTERRUPTED}", "interrupted by Ctrl-C (128 + SIGINT)"),
+    (f"{HANGUP}", "terminated: by SIGHUP, the terminal is gone (128 + SIGHUP)"),
+    (f"{INTERRUPTED}", "interrupted: by Ctrl-C, or Ctrl-A x at a console (128 + SIGINT)"),
     (f"{BROKEN_PIPE}", "who read the output has left (128 + SIGPIPE)"),
+    (f"{TERMINATED}", "terminated: by SIGTERM (128 + SIGTERM)"),
     (
         f"{GUEST + 1}-{GUEST_LARGE - 1}",
         f"debug-exit with 1-{GUEST_LARGE - 1 - GUEST}, plus {GUEST}",
@@ -65,16 +72,29 @@ _BY_REASON = {
     reasons.POWER_OFF: OK,
     reasons.REBOOT: REBOOT,
     reasons.PANIC: PANIC,
+    reasons.UNSUPPORTED: UNSUPPORTED,
     reasons.TIMEOUT: TIMEOUT,
     reasons.INTERRUPTED: INTERRUPTED,
+    reasons.TERMINATED: TERMINATED,
 }
 
 
-def exit_code(result: RunResult) -> int:
-    """The exit code that tells how a run ended."""
+def exit_code(result: RunResult, *, as_qemu: bool = False) -> int:
+    """The exit code that tells how a run ended.
+
+    Args:
+        result: the run's.
+        as_qemu: of a debug-exit with code N give 2 N + 1, as QEMU's process does.
+    """
     if result.reason == reasons.DEBUG_EXIT:
         code = result.code or 0
+        if as_qemu:
+            from pykvm.devices.debug_exit import qemu_status
+
+            return qemu_status(code)
         return min(GUEST + code, GUEST_LARGE) if code else OK
+    if result.reason == reasons.TERMINATED and result.code is not None:
+        return SIGNALLED + result.code
     return _BY_REASON[result.reason]
 
 

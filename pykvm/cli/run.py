@@ -23,6 +23,7 @@ from .common import (
     device_option,
     disk_option,
     json_option,
+    test_devices_option,
     write_json,
 )
 
@@ -93,6 +94,19 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
 @click.option("--memory", type=Size(), metavar="SIZE", help="RAM, from address 0 on. [default: 2M]")
 @click.option("--cpus", type=Count(1), metavar="N", help="Virtual processors. [default: 1]")
 @click.option(
+    "--irqchip",
+    type=click.Choice(["none", "kernel", "split"]),
+    help="Interrupt controllers; split: the IOAPIC in this process, no PIC. [default: none]",
+)
+@click.option("--pit", is_flag=True, help="An interval timer. Implies --irqchip kernel.")
+@click.option(
+    "--pic",
+    type=click.Choice(["reset", "bios"]),
+    help="The PIC as after a reset, or as a BIOS leaves it, which implies --irqchip kernel."
+    " [default: reset]",
+)
+@test_devices_option
+@click.option(
     "--ring",
     type=click.Choice(["0", "3"]),
     help="The privilege level to start in. [default: 0]",
@@ -123,6 +137,10 @@ def run(
     disks: tuple[DiskSpec, ...],
     memory: int | None,
     cpus: int | None,
+    irqchip: str | None,
+    pit: bool,
+    pic: str | None,
+    test_devices: bool,
     ring: str | None,
     iopl: str | None,
     timeout: float | None,
@@ -138,8 +156,9 @@ def run(
     those of a file; a guest that comes with pykvm has its own.
 
     What the guest writes to port 0xe9 comes on standard output as it is. It ends by HLT, or by
-    writing its exit code to port 0xf4. A line on standard error says how it ended. With --json
-    the output is in the JSON, as UTF-8 with surrogate escapes for what is none.
+    writing its exit code to port 0xf4; with --test-devices N written there gives exit code 2N+1, as
+    of QEMU. A line on standard error says how it ended. With --json the output is in the JSON, as
+    UTF-8 with surrogate escapes for what is none.
 
     Numbers may be decimal or with 0x; sizes and addresses also with K, M, G.
     """
@@ -156,18 +175,25 @@ def run(
         raise click.UsageError("--at is for flat images: an ELF file says where it goes")
     if cpus is not None:
         found.cpus = cpus
+    found.pit = found.pit or pit
+    found.pic = pic or found.pic
+    if irqchip is not None:
+        found.irqchip = None if irqchip == "none" else irqchip
+    elif (pit or pic == "bios") and not found.irqchip:
+        found.irqchip = "kernel"
     if ring is not None:
         found.ring = found.iopl = int(ring)
     if iopl is not None:
         found.iopl = int(iopl)
     with nullcontext() if ioctls is None else _trace(ioctls):
-        result, console = _run(found, max_exits, device, disks, captured=as_json)
+        result, console = _run(found, max_exits, device, disks, test_devices, captured=as_json)
+    code = exitcodes.exit_code(result, as_qemu=test_devices)
     if as_json:
-        write_json(_describe(found, result, console))
+        write_json(_describe(found, result, code, console))
     else:
         _close_line(console)
         click.echo(_summary(found, result), err=True)
-    raise click.exceptions.Exit(exitcodes.exit_code(result))
+    raise click.exceptions.Exit(code)
 
 
 def _is_elf(guest: Guest) -> bool:
@@ -191,6 +217,7 @@ def _run(
     max_exits: int | None,
     device: str,
     disks: tuple[DiskSpec, ...],
+    test_devices: bool,
     *,
     captured: bool,
 ) -> tuple[RunResult, bytes]:
@@ -203,7 +230,10 @@ def _run(
 
     with _machine(guest, device) as m:
         show, finish = (_capture if captured else _connect)(m, CONSOLE_PORT)
-        m.debug_exit(EXIT_PORT)
+        if test_devices:
+            m.test_devices(byte_ports=False)  # the console is in their midst
+        else:
+            m.debug_exit(EXIT_PORT)
         with _usage():
             for disk in disks:
                 m.disk(disk)
@@ -227,11 +257,9 @@ def _usage() -> Iterator[None]:
 
 
 def _machine(guest: Guest, device: str) -> Machine:
-    from pykvm.machine import Machine
-
     try:
         with _usage():
-            return Machine(guest.memory, cpus=guest.cpus, irqchip=guest.irqchip, path=device)
+            return guest.machine(device)
     except CapabilityError as error:
         if error.capability:
             raise
@@ -336,12 +364,12 @@ def _details(result: RunResult) -> Iterator[str]:
             yield f"  {hint}"
 
 
-def _describe(guest: Guest, result: RunResult, console: bytes) -> dict[str, Any]:
+def _describe(guest: Guest, result: RunResult, exit_code: int, console: bytes) -> dict[str, Any]:
     return {
         "guest": guest.name,
         "reason": result.reason,
         "code": result.code,
-        "exit_code": exitcodes.exit_code(result),
+        "exit_code": exit_code,
         "exits": result.exits,
         "seconds": result.seconds,
         "cpu": result.cpu,

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import os
 import select
-import signal
-import sys
 import termios
 import threading
 import tty
@@ -17,11 +15,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import FrameType, TracebackType
+    from types import TracebackType
     from typing import Any
 
 ESCAPE = 0x01
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class EscapeFilter:
@@ -70,18 +67,18 @@ class Terminal:
     ) -> None:
         self._fd = fd
         self.is_terminal = os.isatty(fd)
+        self._background = self.is_terminal and not _in_foreground(fd)
         self._type_in = type_in
         self._filter = EscapeFilter(commands if self.is_terminal else {})
         self._before: list[Any] | None = None
-        self._handlers: dict[int, Any] = {}
         self._wake = -1
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Terminal:
+        if self._background:  # not ours to change or to read: either would stop us
+            return self
         if self.is_terminal:
             self._before = termios.tcgetattr(self._fd)
-            for number in ENDING_SIGNALS:
-                self._handlers[number] = signal.signal(number, _leave)
             tty.setraw(self._fd, termios.TCSANOW)
             raw = termios.tcgetattr(self._fd)
             raw[1] |= termios.OPOST  # our own lines still end properly
@@ -104,9 +101,7 @@ class Terminal:
                 os.close(self._wake)
         finally:
             if self._before is not None:
-                termios.tcsetattr(self._fd, termios.TCSADRAIN, self._before)
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+                termios.tcsetattr(self._fd, termios.TCSANOW, self._before)  # never waits
 
     def _read(self) -> None:
         while True:
@@ -124,6 +119,9 @@ class Terminal:
                 self._type_in(passed)
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """End by the ordinary way, through every ``finally``."""
-    sys.exit(128 + number)
+def _in_foreground(fd: int) -> bool:
+    """Whether this terminal lets us read and change it (``pykvm boot … &`` may not)."""
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:  # a terminal, but not the one that controls us: nobody minds
+        return True

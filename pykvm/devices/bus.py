@@ -12,8 +12,7 @@ import time
 from _thread import RLock
 
 from pykvm._abi import ffi, lib
-from pykvm.devices.access import Access, MmioAccess, PioAccess
-from pykvm.devices.ring import KEEP_BYTES, Fifo, Log, RingDevice
+from pykvm.devices import KEEP_BYTES
 from pykvm.errors import BusOverlapError
 
 TYPE_CHECKING = False
@@ -21,10 +20,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pykvm.devices.access import Access
+    from pykvm.devices.ring import Fifo, Log
     from pykvm.devices.serial import Serial
 
     Handler = Callable[[Any], int | None]
-    Slot = tuple[Handler, type[Access], int]
     DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
 
 ALL_ONES = -1
@@ -47,11 +47,12 @@ class Claim:
         handler: the Python handler, or None.
         device: the :class:`Fifo`, :class:`Log`, ``Serial``, :class:`Clock` or :class:`Latch` behind
             it, or None.
+        c: the ``struct pykvm_range``, once it is on the bus.
         fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
     """
 
     __slots__ = (
-        "_hits", "bus", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
+        "bus", "c", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
         "on_write", "slot", "tag", "value",
     )  # fmt: skip
 
@@ -69,7 +70,6 @@ class Claim:
         fd: int = -1,
     ) -> None:
         self.bus = bus
-        self._hits = ffi.new("uint64_t *")
         self.first = first
         self.last = last
         self.on_read = on_read
@@ -81,11 +81,31 @@ class Claim:
         self.tag = tag
         self.slot = 0
         self.in_kernel: list[tuple[int, int | None]] = []
+        self.c: Any = None
+
+    @property
+    def drains(self) -> bool:
+        """Whether a ring lies between C and its device, which ``device.drain()`` empties."""
+        return hasattr(self.device, "drain")
 
     @property
     def hits(self) -> int:
         """Accesses so far. Those that an in-kernel ioeventfd took do not reach us to be counted."""
-        return int(self._hits[0])
+        return 0 if self.c is None else int(self.c.hits)
+
+    def place(self, slot: int) -> None:
+        """Take a slot, and make the range for C."""
+        self.slot = slot
+        self.c = c = ffi.new("struct pykvm_range *")
+        c.first, c.last, c.value = self.first, self.last, self.value
+        c.on_read, c.on_write, c.slot, c.fd = self.on_read, self.on_write, slot, self.fd
+        actions = (self.on_read, self.on_write)
+        if lib.PYKVM_LOG in actions or lib.PYKVM_FIFO in actions:
+            c.out = self.device.output.c
+        if lib.PYKVM_FIFO in actions:
+            setattr(c, "in", self.device.input.c)
+        elif self.on_read in _IN_DEVICE:
+            c.device = self.device.c
 
     def release(self) -> None:
         """Give the range back; its eventfds are closed. Idempotent."""
@@ -96,7 +116,7 @@ class Claim:
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
-        if isinstance(self.device, (Fifo, Log)):
+        if self.on_write in (lib.PYKVM_FIFO, lib.PYKVM_LOG):  # made for this claim alone
             self.device.close()
 
     def __repr__(self) -> str:
@@ -186,7 +206,7 @@ class Bus:
     def __init__(
         self,
         name: str,
-        slots: list[Slot],
+        slots: list[Handler],
         doorbell: DoorbellFn | None = None,
         lock: RLock | None = None,
     ) -> None:
@@ -194,7 +214,6 @@ class Bus:
             raise ValueError(f'a bus is "pio" or "mmio", not {name!r}')
         self.name = name
         self._limit = 0x10000 if name == "pio" else 1 << 64
-        self._kind: type[Access] = PioAccess if name == "pio" else MmioAccess
         self._slots = slots
         self._doorbell = doorbell
         self._lock = lock or RLock()
@@ -210,8 +229,9 @@ class Bus:
     def handle(self, first: int, handler: Handler, length: int = 1) -> Claim:
         """Serve ``length`` addresses from ``first`` by a Python handler.
 
-        The handler gets a :class:`PioAccess` or :class:`MmioAccess`; what it returns answers a
-        read (None answers all ones). An access belongs to the range in which it begins.
+        The handler gets a ``PioAccess`` or ``MmioAccess`` (:mod:`pykvm.devices.access`); what it
+        returns answers a read (None answers all ones). An access belongs to the range in which it
+        begins.
         """
         if not callable(handler):
             raise TypeError(f"a handler must be callable, not {type(handler).__name__}")
@@ -243,6 +263,8 @@ class Bus:
             The :class:`~pykvm.devices.ring.Log`; ``read()`` it, or give a ``sink``, which is called
             with batches of records.
         """
+        from pykvm.devices.ring import Log
+
         log = Log(capacity=capacity, sink=sink, keep=keep)
         self._claim(first, length, lib.PYKVM_LOG, lib.PYKVM_LOG, value, device=log)
         return log
@@ -265,6 +287,8 @@ class Bus:
             sink: is called with batches of bytes instead of keeping them for ``read()``.
             keep: how many unread bytes are kept before the run ends in a RingFullError.
         """
+        from pykvm.devices.ring import Fifo
+
         fifo = Fifo(capacity=capacity, sink=sink, keep=keep)
         self._claim(first, 1, lib.PYKVM_FIFO, lib.PYKVM_FIFO, empty, device=fifo)
         return fifo
@@ -327,10 +351,12 @@ class Bus:
         if action == "ignore":
             rest = Claim(self, 0, self._limit - 1, lib.PYKVM_IGNORE, lib.PYKVM_IGNORE)
         else:
+            from pykvm.devices.ring import Log
+
             log = Log(sink=sink, keep=keep)
             ones = (1 << 64) - 1
             rest = Claim(self, 0, self._limit - 1, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
-        rest.slot = self._take_slot(rest)
+        rest.place(self._take_slot(rest))
         self._rest = rest
         self._changed()
         return rest
@@ -379,7 +405,7 @@ class Bus:
             for other in claims[max(at - 1, 0) : at + 1]:
                 if other.first <= claim.last and claim.first <= other.last:
                     raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
-            claim.slot = self._take_slot(claim)
+            claim.place(self._take_slot(claim))
             self._claims = [*claims[:at], claim, *claims[at:]]
             self._changed()
         return claim
@@ -390,16 +416,17 @@ class Bus:
         That of a claim just released is taken only for want of others: an access to it may be on
         its way.
         """
-        self._let_go()
-        entry = (claim.handler or _no_handler, self._kind, claim.first)
+        if self._retired:
+            self._let_go()
+        handler = claim.handler or _no_handler
         full = len(self._slots) >= lib.PYKVM_SLOTS
-        for number, (handler, _, _) in enumerate(self._slots):
-            if handler is _free or (full and handler is _released):
-                self._slots[number] = entry
+        for number, taken in enumerate(self._slots):
+            if taken is _free or (full and taken is _released):
+                self._slots[number] = handler
                 return number
         if full:
             raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
-        self._slots.append(entry)
+        self._slots.append(handler)
         return len(self._slots) - 1
 
     def release(self, claim: Claim) -> None:
@@ -415,7 +442,7 @@ class Bus:
                 assert self._doorbell is not None
                 self._doorbell(claim, size, datamatch, False)
             claim.in_kernel.clear()
-            self._slots[claim.slot] = (_released, self._kind, claim.first)
+            self._slots[claim.slot] = _released
             self._changed(claim)
 
     # ---- looking up ----------------------------------------------------------------------------
@@ -440,7 +467,7 @@ class Bus:
     def drain(self) -> None:
         """Empty every ring into its Python end; over the limit, what is in the ring waits there."""
         for claim in self._all():
-            if isinstance(claim.device, RingDevice):
+            if claim.drains:
                 claim.device.drain(at_end=True)
 
     def _all(self) -> tuple[Claim, ...]:
@@ -473,8 +500,9 @@ class Bus:
             setattr(vcpu, self.name, self._table[0])
         # Asked last: a loop that begins from here on uses the new table.
         since = [(vcpu, vcpu.entries) for vcpu in self._vcpus if vcpu.tid]
-        self._retired.append((since, before, released))
-        self._let_go()
+        if since or released is not None or self._retired:
+            self._retired.append((since, before, released))
+            self._let_go()
 
     def _let_go(self) -> None:
         """Free what was retired before every vCPU ended its run or entered the guest anew.
@@ -486,30 +514,19 @@ class Bus:
             if any(vcpu.tid and vcpu.entries == entries for vcpu, entries in since):
                 self._retired.append((since, table, claim))
             elif claim is not None:
-                if self._slots[claim.slot][0] is _released:
-                    self._slots[claim.slot] = (_free, self._kind, 0)
+                if self._slots[claim.slot] is _released:
+                    self._slots[claim.slot] = _free
                 claim._close()
 
     def _build(self) -> Any:
         claims = self._all()
-        ranges = ffi.new("struct pykvm_range[]", max(len(claims), 1))
-        for c, claim in zip(ranges, claims, strict=False):
-            c.first, c.last, c.value = claim.first, claim.last, claim.value
-            c.on_read, c.on_write, c.slot = claim.on_read, claim.on_write, claim.slot
-            c.hits = claim._hits
-            if isinstance(claim.device, RingDevice):
-                c.out = claim.device.output.c
-            if isinstance(claim.device, Fifo):
-                setattr(c, "in", claim.device.input.c)
-            elif claim.on_read in _IN_DEVICE:
-                c.device = claim.device.c
-            c.fd = claim.fd
+        ranges = ffi.new("struct pykvm_range *[]", [claim.c for claim in claims])
         table = ffi.new("struct pykvm_table *")
         table.count = len(self._claims)
         table.ranges = ranges
         if self._rest is not None:
-            table.rest = ranges + len(self._claims)
-        return table, ranges, claims  # the claims keep hits, rings and devices alive
+            table.rest = self._rest.c
+        return table, ranges, claims  # the claims keep ranges, rings and devices alive
 
 
 _IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK, lib.PYKVM_LATCH)

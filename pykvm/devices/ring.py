@@ -11,15 +11,13 @@ from _thread import RLock
 
 from pykvm._abi import ffi, lib
 from pykvm._typing import overload
+from pykvm.devices import KEEP_BYTES
 from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
-
-KEEP_BYTES = 16 << 20
-"""Default of how much a FIFO or a log keeps until it is read, in bytes."""
 
 
 RECORD_BYTES: int = ffi.sizeof("struct pykvm_record")

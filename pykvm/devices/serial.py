@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 
 from pykvm._abi import ffi, lib
-from pykvm.devices.ring import KEEP_BYTES, RingDevice, RingFullError
+from pykvm.devices import KEEP_BYTES
+from pykvm.devices.ring import RingDevice, RingFullError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

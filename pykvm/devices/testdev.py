@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pykvm.devices.base import ByteDevice, Device, State
+from pykvm.errors import GuestMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 
     from pykvm.devices.access import Access
     from pykvm.devices.bus import Bus
+    from pykvm.memory import GuestMemory
 
 PORTS = 0xE0
 """Four ports that read back what was written, at any width."""
@@ -73,10 +75,16 @@ class TestDevice(Device):
         self._on_flush = on_flush
         self._parts = (_Ports(self._ports), _Ports(self._ports), _Lines(on_line))
 
-    def attach_all(self, pio: Bus, mmio: Bus) -> None:
-        """Claim everything on both buses."""
+    def attach_all(self, pio: Bus, mmio: Bus, *, byte_ports: bool = True) -> None:
+        """Claim everything on both buses.
+
+        Args:
+            pio, mmio: the buses.
+            byte_ports: the second set of ports, 0xe8-0xeb, where something else may have 0xe9.
+        """
         for part, first in zip(self._parts, (PORTS, BYTE_PORTS, LINES), strict=True):
-            part.attach(pio, first)
+            if byte_ports or first != BYTE_PORTS:
+                part.attach(pio, first)
         self._keep(pio.handle(FLUSH, self._flush, 4))
         self._keep(mmio.handle(IO_MEMORY, self.access, IO_MEMORY_SIZE))
 
@@ -106,3 +114,30 @@ class TestDevice(Device):
         for part in self._parts:
             part.close()
         super().close()
+
+
+PAGE = 0x1000
+_READ_WRITE, _EXEC = 1 | 2, 4
+"""PROT_* of mprotect(2)."""
+
+
+def flush_page(memory: GuestMemory, gpa: int) -> None:
+    """Have KVM take the page at ``gpa`` out of its tables: the guest's next access faults it in.
+
+    Linux tells KVM when it changes how this process may use a page. It gains the right to execute
+    and loses it again, so that it can be read and written all the while, by other vCPUs too. What
+    is not a plain page of RAM is left alone.
+    """
+    try:
+        region = memory.region_at(gpa)
+    except GuestMemoryError:
+        return
+    at = gpa - region.guest_phys_addr
+    if not region.writable_by_host or at + PAGE > region.memory_size:
+        return
+    import ctypes
+
+    mprotect = ctypes.CDLL(None).mprotect
+    address, size = ctypes.c_void_p(region.userspace_addr + at), ctypes.c_size_t(PAGE)
+    if mprotect(address, size, _READ_WRITE | _EXEC) == 0:
+        mprotect(address, size, _READ_WRITE)

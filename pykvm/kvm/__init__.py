@@ -12,7 +12,6 @@ What a KVM does not have raises :class:`~pykvm.errors.CapabilityError`, what it 
 from __future__ import annotations
 
 from . import ioctl
-from .device import Device
 from .flex import MsrError, new_cpuid2
 from .system import Kvm
 from .vcpu import Vcpu
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from . import exits
+    from .device import Device
     from .tracing import trace
 
 __all__ = [
@@ -48,6 +48,8 @@ _CONSTANTS = ("KVM_", "MSR_KVM_", "GUEST_MEMFD_")
 #: Loaded when first asked for.
 _SUBMODULES = ("caps", "decode", "exclusions", "exits", "hints", "rings", "stats", "tracing")
 
+_LATER = {"Device": "device", "trace": "tracing"}
+
 
 def __getattr__(name: str) -> Any:
     if name.startswith(_CONSTANTS):
@@ -61,11 +63,11 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")
-    if name == "trace":
-        from .tracing import trace
+    if name in _LATER:
+        from importlib import import_module
 
-        globals()["trace"] = trace
-        return trace
+        value = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+        return value
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -6,6 +6,7 @@ The sources are api.rst and the places in the kernel's arch/x86/kvm and virt/kvm
 from __future__ import annotations
 
 import errno as _errno
+import os
 
 _NO_IRQCHIP = "this VM has no in-kernel irqchip: create_irqchip() before the first vCPU"
 _NO_LAPIC = "this vCPU has no in-kernel local APIC: create_irqchip() before create_vcpu()"
@@ -181,13 +182,15 @@ def hint(name: str, errno: int) -> str:
     return _HINTS.get((name, code)) or _ANY.get(code, "")
 
 
-def no_kvm(path: str, errno: int) -> str:
-    """Why ``path`` cannot be opened, and what to do about it."""
+def no_kvm(path: str, errno: int, proc: str = "/proc") -> str:
+    """Why ``path`` cannot be opened, and what to do about it; ``proc`` is where /proc is."""
     code = _errno.errorcode.get(errno, str(errno))
     if errno in (_errno.ENOENT, _errno.ENOTDIR):
-        return f"there is no {path}: {_no_module()}"
+        if path != _DEVICE and os.path.exists(_DEVICE):
+            return f"there is no {path}: use {_DEVICE}, which is there"
+        return f"there is no {path}: {_no_device(path, proc)}"
     if errno in (_errno.ENODEV, _errno.ENXIO):
-        return f"{path} has no KVM behind it ({code}): {_no_module()}"
+        return f"{path} has no KVM behind it ({code}): {_no_module(proc)}"
     if errno in (_errno.EACCES, _errno.EPERM):
         return (
             f"{path} may not be opened by this process ({code}): {_join_group(path)}, or in a "
@@ -196,14 +199,35 @@ def no_kvm(path: str, errno: int) -> str:
     return f"{path} cannot be opened: {code}"
 
 
-def _no_module() -> str:
+_DEVICE = "/dev/kvm"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        with open(path, encoding="ascii", errors="replace") as file:
+            return file.readlines()
+    except OSError:
+        return []
+
+
+def _no_device(path: str, proc: str) -> str:
+    """What to do where there is no device file: just that is missing, or all of KVM."""
+    for line in _lines(f"{proc}/misc"):  # misc devices of the running kernel: minor and name
+        minor, _, name = line.strip().partition(" ")
+        if name == "kvm":
+            return (
+                "the kernel does have KVM (/proc/misc lists it), only its device file is not here:"
+                f" in a container, start it with --device {path}; else make it: sudo mknod {path} c"
+                f" 10 {minor}; sudo chmod 660 {path}"
+            )
+    return _no_module(proc)
+
+
+def _no_module(proc: str) -> str:
     """What to do where no KVM module is loaded; what applies depends on what the CPU shows."""
     inside = "in a container, start it with --device /dev/kvm"
-    try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as cpuinfo:
-            flags = next((line for line in cpuinfo if line.startswith("flags")), "").split()
-    except OSError:
-        flags = []
+    cpuinfo = _lines(f"{proc}/cpuinfo")
+    flags = next((line for line in cpuinfo if line.startswith("flags")), "").split()
     if "vmx" in flags:
         return f"load the module (sudo modprobe kvm_intel); {inside}"
     if "svm" in flags:
@@ -221,8 +245,6 @@ def _no_module() -> str:
 
 def _join_group(path: str) -> str:
     """How to get at the device file through the group that owns it."""
-    import os
-
     join = "sudo usermod -aG {} $USER, then log in again"
     try:
         import grp

@@ -26,12 +26,16 @@ class Kvm(AttrReader, CapHandle):
     A VM lives on when the ``Kvm`` that made it is closed.
     """
 
-    __slots__ = ("_vm_caps", "path", "vcpu_mmap_size")
+    __slots__ = ("path", "vcpu_mmap_size", "vm_caps")
 
     kind = "kvm"
 
-    def __init__(self, path: str = "/dev/kvm") -> None:
+    def __init__(self, path: str = "/dev/kvm", like: Kvm | None = None) -> None:
         """Open KVM and check that it speaks the one stable version of its API.
+
+        Args:
+            path: the device file.
+            like: a Kvm of the same device, closed or not: what it was told is not asked again.
 
         Errors: :class:`CapabilityError` with the remedy when there is no usable KVM behind
         ``path``.
@@ -45,22 +49,30 @@ class Kvm(AttrReader, CapHandle):
             from .hints import no_kvm
 
             raise CapabilityError(no_kvm(path, error.errno or 0)) from error
-        super().__init__(fd, {})
-        self._vm_caps: dict[int, dict[str, int]] = {}
+        super().__init__(fd, {} if like is None else like._caps)
+        #: What VMs of each type asked KVM_CHECK_EXTENSION.
+        self.vm_caps: dict[int, dict[str, int]] = {} if like is None else like.vm_caps
+        #: Size in bytes of the pages shared with each vCPU.
+        self.vcpu_mmap_size: int = 0 if like is None else like.vcpu_mmap_size
+        if like is None:
+            self._greet()
+
+    def _greet(self) -> None:
         try:
             version = self.get_api_version()
             if version != lib.KVM_API_VERSION:
                 raise CapabilityError(
-                    f"{path} speaks version {version} of the KVM API; "
+                    f"{self.path} speaks version {version} of the KVM API; "
                     f"only version {lib.KVM_API_VERSION} is stable and known"
                 )
-            #: Size in bytes of the pages shared with each vCPU.
             self.vcpu_mmap_size = self.get_vcpu_mmap_size()
         except KvmError as error:
             self.close()
             if error.errno != errno.ENOTTY:
                 raise
-            raise CapabilityError(f"{path} is not a KVM device: it knows no KVM ioctl") from error
+            raise CapabilityError(
+                f"{self.path} is not a KVM device: it knows no KVM ioctl"
+            ) from error
         except BaseException:
             self.close()
             raise
@@ -152,7 +164,7 @@ class Kvm(AttrReader, CapHandle):
 
     def _caps_of(self, type: int) -> dict[str, int]:
         """The answers to KVM_CHECK_EXTENSION that all VMs of one type share."""
-        return self._vm_caps.setdefault(type, {})
+        return self.vm_caps.setdefault(type, {})
 
     def _need_attrs(self) -> None:
         self.need("KVM_CAP_SYS_ATTRIBUTES")

@@ -5,9 +5,7 @@ Its state is in :mod:`pykvm.kvm.vcpu_state`, its make (CPUID, MSRs) in :mod:`pyk
 
 from __future__ import annotations
 
-import mmap
-
-from pykvm._abi import ffi
+from pykvm._abi import ffi, lib
 from pykvm.errors import ClosedError, KvmError
 
 from .flex import new_enable_cap
@@ -45,14 +43,15 @@ class Vcpu(ModelMixin):
         #: Its id, which is its APIC ID.
         self.id = id
         #: Bytes of the mapping behind :attr:`kvm_run`.
-        self.mmap_size = vm.kvm.vcpu_mmap_size
+        self.mmap_size = size = vm.kvm.vcpu_mmap_size
         self._run: Any = None
-        try:
-            # The pointer holds the mapping: it is unmapped when the last such pointer is gone.
-            self._run = ffi.from_buffer("struct kvm_run *", mmap.mmap(fd, self.mmap_size))
-        except BaseException:
+        run = lib.pykvm_run_map(fd, size)
+        if not run:
+            error = KvmError("mmap", ffi.errno)
             self.close()
-            raise
+            raise error
+        # The pointer holds the mapping: it is unmapped when the last such pointer is gone.
+        self._run = ffi.gc(run, lambda run: lib.pykvm_run_unmap(run, size))
 
     @property
     def kvm_run(self) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pykvm._abi import ffi, lib
 
 from .attrs import AttrWriter
-from .device import Device
 from .flex import get, new_enable_cap, pointer
 from .ioctl import call, call_int
 from .vcpu import Vcpu
@@ -21,6 +20,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from .device import Device
     from .stats import Stats
     from .system import Kvm
 
@@ -67,6 +67,8 @@ class Vm(MemoryMixin, IrqMixin, FilterMixin, AttrWriter):
         Errors: ENODEV for a type this KVM does not have; EEXIST or EBUSY for a second one of a
         type that may exist only once.
         """
+        from .device import Device
+
         self.need("KVM_CAP_DEVICE_CTRL")
         args = ffi.new("struct kvm_create_device *", {"type": type, "flags": flags})
         call(self, "KVM_CREATE_DEVICE", args)

@@ -18,7 +18,6 @@ from . import backing as _backing
 from .region import Region
 from .region_map import GPA_LIMIT, RegionMap
 from .units import checked_int, format_size, parse_size
-from .words import Words
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from .backing import Backing
     from .ram_table import RamTable
     from .region_map import Piece
+    from .words import Words
 
     Plain = bytes | memoryview
     # first gpa, end gpa, mapping, the gpa of the mapping's byte 0
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     # first gpa, end gpa, the region as bytes
     Octets = tuple[int, int, memoryview]
 
+_WIDTHS = {"u8": 1, "u16": 2, "u32": 4, "u64": 8}
 _FILL_CHUNK = 1 << 20
 _DISCARD_FROM = 1 << 20  # from here on new pages cost less than the writing, if they are touched
 
@@ -87,12 +88,19 @@ class GuestMemory:
         self._ram: RamTable | None = None
         self._window = _NO_WINDOW
         self._octets = _NO_OCTETS
-        self.u8 = Words(self._map, 1)
-        self.u16 = Words(self._map, 2)
-        self.u32 = Words(self._map, 4)
-        self.u64 = Words(self._map, 8)
         if size is not None:
             self.add(0, size)
+
+    def __getattr__(self, name: str) -> Words:
+        """Make u8, u16, u32 or u64 when it is first used."""
+        width = _WIDTHS.get(name)
+        if width is None:
+            raise AttributeError(f"GuestMemory has no attribute {name!r}")
+        from .words import Words
+
+        words = Words(self._map, width)
+        setattr(self, name, words)
+        return words
 
     # ---- the map
 

@@ -101,7 +101,9 @@ class RegionMap:
             )
         taken = {region.slot: region for region in self.regions}
         if slot is None:
-            slot = next(n for n in range(_SLOT_LIMIT + 1) if n not in taken)
+            slot = 0
+            while slot in taken:
+                slot += 1
         if not 0 <= checked_int(slot, "a slot") < _SLOT_LIMIT:
             raise ValueError(f"slot {slot} is not within 0..{_SLOT_LIMIT - 1}")
         if slot in taken:

@@ -59,6 +59,8 @@ def checked_int(value: Any, what: str) -> int:
     A bool passes for an int in Python, but as an address or a length it is a comparison that
     went astray.
     """
+    if type(value) is int:
+        return value
     if isinstance(value, bool):
         raise TypeError(f"{what} must be an int, not bool")
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import pytest
 import pykvm
 from pykvm import result as reasons
 from pykvm.console import ExpectError
+from pykvm.devices import ioapic
+from pykvm.irqchip import SplitIrqchip
 from tests.support import linux_guest
 
 BOOT_SECONDS = 240.0
@@ -47,11 +49,17 @@ def start(images: dict[str, Path], initrd: Path) -> Iterator[Start]:
     machines: list[pykvm.Machine] = []
 
     def make(
-        do: str, *, flavour: str = "cloud", cpus: int = 1, memory: str = "256M", **options: object
+        do: str,
+        *,
+        flavour: str = "cloud",
+        cpus: int = 1,
+        memory: str = "256M",
+        irqchip: str = "kernel",
+        **options: object,
     ) -> pykvm.Machine:
         if flavour not in images:
             pytest.skip(f"PYKVM_KERNELS has no {flavour} kernel")
-        m = pykvm.Machine(memory, cpus=cpus, irqchip=True, pit=True)
+        m = pykvm.Machine(memory, cpus=cpus, irqchip=irqchip, pit=irqchip == "kernel")
         machines.append(m)
         cmdline = f"console=ttyS0 panic=-1 quiet do={do}"
         m.boot(images[flavour], initrd=initrd, cmdline=cmdline, **options)  # type: ignore[arg-type]
@@ -96,34 +104,48 @@ def test_ends_are_told_apart(start: Start, do: str, reason: str) -> None:
 
 def test_what_is_typed_comes_back(start: Start) -> None:
     m = start("echo")
-    results: list[pykvm.RunResult] = []
-    thread = threading.Thread(target=lambda: results.append(m.run(timeout=BOOT_SECONDS)))
-    thread.start()
-    try:
+    with m.start(timeout=BOOT_SECONDS) as running:
         m.console.expect(b"type something", BOOT_SECONDS)
         m.console.write(b"hello from outside\n")
         m.console.expect(b"typed: <hello from outside>", BOOT_SECONDS)
         with pytest.raises(ExpectError, match="never printed"):
             m.console.expect(b"never printed", BOOT_SECONDS)
-    finally:
-        m.stop()
-        thread.join()
+        assert running.wait(BOOT_SECONDS).reason == reasons.POWER_OFF
 
 
-def test_a_hang_is_told_with_the_place(start: Start) -> None:
-    m = start("hang", cpus=2)
+def test_it_boots_on_the_split_irqchip_and_takes_input_through_it(start: Start) -> None:
+    m = start("echo", irqchip="split", cpus=2)
+    chip = m.irqchip
+    assert isinstance(chip, SplitIrqchip)
+    with m.start(timeout=BOOT_SECONDS) as running:
+        m.console.expect(b"type something", BOOT_SECONDS)
+        entries = chip.ioapic.state()["entries"]
+        m.console.write(b"hello from outside\n")
+        result = running.wait()
+    text = m.console.transcript.decode()
+    assert result.reason == reasons.POWER_OFF, f"{result}\n{text[-2000:]}"
+    assert text.count("processor\t") == 2
+    assert "typed: <hello from outside>" in text
+    com1, sci = entries[4], entries[9]
+    assert not (com1 | sci) & ioapic.MASKED  # the interrupts of both do come this way
+    assert (com1 & ioapic.LEVEL, sci & ioapic.LEVEL) == (0, ioapic.LEVEL)
 
-    def watch() -> None:
+
+@pytest.mark.parametrize("cpus", [2, 16])
+def test_stop_ends_a_busy_linux_at_once_and_a_hang_is_told_with_the_place(
+    start: Start, cpus: int
+) -> None:
+    m = start("hang", cpus=cpus)
+    began = time.monotonic()
+    with m.start(timeout=BOOT_SECONDS) as running:
         m.console.expect(b"MARKER", BOOT_SECONDS)
-        m.stop()
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    assert m.run(timeout=BOOT_SECONDS).reason == reasons.STOPPED
-    watcher.join()
+        print(f"{cpus} vCPUs: up after {time.monotonic() - began:.1f} s")
+        began = time.monotonic()
+        assert running.stop().reason == reasons.STOPPED
+        print(f"{cpus} vCPUs: stopped after {(time.monotonic() - began) * 1000:.0f} ms")
     result = m.run(timeout=1)
     assert result.reason == reasons.TIMEOUT
-    assert len(result.cpus) == 2
+    assert len(result.cpus) == cpus
 
 
 @pytest.mark.parametrize(("do", "code"), [("poweroff", 0), ("reboot", 9), ("panic", 10)])

@@ -155,8 +155,8 @@ def test_of_two_that_end_at_once_the_second_is_reported_by_the_next_run(
         for cpu in m.cpus:
             loop = cpu._runner._loop
 
-            def together(c: object, lock: object, loop: object = loop) -> object:
-                end = loop(c, lock)  # type: ignore[operator]
+            def together(lock: object, loop: object = loop) -> object:
+                end = loop(lock)  # type: ignore[operator]
                 if first:
                     barrier.wait(60)
                 return end

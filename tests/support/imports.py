@@ -39,6 +39,7 @@ ABI_USERS = {
     "devices.disk.host": "fallocate and a block device's ioctls",
     "devices.serial": "the registers of a UART, which C serves",
     "devices.virtio.queue": "rings in guest memory, which C walks",
+    "devices.access": "what C makes of an access for its handler",
     "vcpu_thread": "drives the run loop in C",
     "cpu": "registers in the run page, by KVM_CAP_SYNC_REGS",
     "machine": "the numbers of exit reasons and flags",

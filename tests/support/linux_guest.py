@@ -29,12 +29,13 @@ busybox sleep 1000
 """
 
 
-def kernels() -> dict[str, Path]:
-    """Debian kernels by flavour, "generic" and "cloud", of the folder that ``PYKVM_KERNELS`` names.
+def kernels(folder: str | Path | None = None) -> dict[str, Path]:
+    """Debian kernels by flavour, "generic" and "cloud".
 
-    ``tests/rig`` fetches them and sets it.
+    In a folder, by default the one that ``PYKVM_KERNELS`` names: ``tests/rig`` fetches them and
+    sets it.
     """
-    folder = os.environ.get("PYKVM_KERNELS")
+    folder = folder or os.environ.get("PYKVM_KERNELS")
     found: dict[str, Path] = {}
     if folder:
         for pattern in ("vmlinuz-*", "*/boot/vmlinuz-*"):

@@ -181,6 +181,13 @@ def test_the_madt_has_every_processor_once() -> None:
         assert f"(C{uid:03X})" in repr(table(acpi, Dsdt))
 
 
+def test_without_pics_the_madt_says_so_and_the_timer_has_no_override() -> None:
+    acpi = build_acpi(cpus=1, pic=False)
+    assert table(acpi, Madt).flags == 0
+    assert [members["source"] for members in entries(acpi, "override")] == [pc.SCI_GSI]
+    assert table(build_acpi(cpus=1), Madt).flags == Madt.PCAT_COMPAT
+
+
 def test_the_madts_overrides_are_those_of_the_routes() -> None:
     def wiring(acpi: Acpi) -> dict[int, tuple[int, int]]:
         return {m["source"]: (m["gsi"], m["flags"]) for m in entries(acpi, "override")}

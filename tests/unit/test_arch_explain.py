@@ -238,6 +238,13 @@ def test_registers_that_a_shutdown_reset_are_recognized() -> None:
     assert "after reset" in found.cause and found.stack_walk is None
 
 
+def test_what_is_known_otherwise_is_told_only_where_the_registers_are_lost() -> None:
+    lost = explain.explain_shutdown(**context(reset()), known=["the last port was 0x3f8"])
+    assert lost.hints[1:] == ["the last port was 0x3f8"]
+    kept = explain.explain_shutdown(**context(long64()), known=["the last port was 0x3f8"])
+    assert "0x3f8" not in str(kept)
+
+
 def test_without_memory_the_registers_still_speak() -> None:
     state = long64()
     found = explain.explain_shutdown(sregs=state.sregs, regs=state.regs)

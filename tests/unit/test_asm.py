@@ -50,6 +50,19 @@ def test_a_source_may_change_mode() -> None:
     assert code == bytes.fromhex("b8 01 00  66 b8 01 00  48 89 d8")
 
 
+@pytest.mark.parametrize(
+    ("text", "mode", "expected"),
+    [
+        ("mov al, es:[bx]", "real16", "268a07"),
+        ("mov eax, fs:[0x10]", "long64", "648b042510000000"),
+        ("jmp 8:0x1234", "real16", "ea34120800"),
+        ("l: jmp 0x18:l", "prot32", "ea000000001800"),
+    ],
+)
+def test_segments_go_before_a_colon(text: str, mode: Any, expected: str) -> None:
+    assert asm(text, mode=mode).hex() == expected
+
+
 def test_att_syntax() -> None:
     text = "movb $0x48, %al; outb %al, $0xe9; hlt"
     assert asm(text, syntax="att") == bytes.fromhex("b0 48 e6 e9 f4")

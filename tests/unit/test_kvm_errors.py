@@ -139,7 +139,8 @@ def test_a_vcpu_that_cannot_be_mapped_leaks_nothing() -> None:
 def test_a_missing_device_names_module_and_container() -> None:
     with pytest.raises(CapabilityError, match="there is no /nowhere/kvm") as missing:
         k.Kvm("/nowhere/kvm")
-    assert "--device" in str(missing.value)
+    there = os.path.exists("/dev/kvm")
+    assert ("use /dev/kvm" if there else "--device") in str(missing.value)
     assert missing.value.capability == ""
 
 
@@ -155,16 +156,10 @@ def test_a_missing_device_names_module_and_container() -> None:
 )
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENODEV, errno.ENXIO])
 def test_the_remedy_depends_on_what_the_processor_shows(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpuinfo: str, words: str, code: int
+    tmp_path: Path, cpuinfo: str, words: str, code: int
 ) -> None:
-    fake = tmp_path / "cpuinfo"
-    fake.write_text(cpuinfo)
-    real_open = open
-    monkeypatch.setattr(
-        "builtins.open",
-        lambda path, *a, **kw: real_open(fake if path == "/proc/cpuinfo" else path, *a, **kw),
-    )
-    text = hints.no_kvm("/dev/kvm", code)
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    text = hints.no_kvm("/dev/kvm", code, str(tmp_path))
     assert words in text
     assert "/dev/kvm" in text
 
@@ -241,3 +236,31 @@ def test_each_getter_call_returns_a_structure_of_its_own() -> None:
         first.rip = 5
         assert second.rip == 0
         assert ffi.typeof(first) is ffi.typeof("struct kvm_regs *")
+
+
+@pytest.mark.parametrize(
+    ("flags", "misc", "words"),
+    [
+        ("fpu hypervisor", "232 kvm\n", ["does have KVM", "mknod /dev/kvm c 10 232", "--device"]),
+        ("fpu vmx", "232 kvm\n", ["does have KVM", "mknod"]),
+        ("fpu vmx", "228 hpet\n", ["modprobe kvm_intel"]),
+        ("fpu svm hypervisor", "", ["modprobe kvm_amd"]),
+        ("fpu hypervisor", "228 hpet\n", ["without nested virtualization"]),
+        ("fpu", "\n", ["VT-x, AMD-V"]),
+    ],
+)
+def test_a_missing_device_file_is_not_taken_for_a_missing_kvm(
+    tmp_path: Path, flags: str, misc: str, words: list[str]
+) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    (tmp_path / "misc").write_text(misc)
+    text = hints.no_kvm("/dev/kvm", errno.ENOENT, str(tmp_path))
+    assert text.startswith("there is no /dev/kvm: ")
+    for word in words:
+        assert word in text
+    if "kvm" in misc:
+        assert "nested" not in text and "modprobe" not in text
+
+
+def test_without_proc_the_advice_is_the_general_one(tmp_path: Path) -> None:
+    assert "firmware" in hints.no_kvm("/dev/kvm", errno.ENODEV, str(tmp_path / "none"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -90,6 +91,67 @@ def test_a_string_write_reaches_the_handler_item_by_item() -> None:
     assert bytes(seen) == b"hello"
     assert end.reason == reasons.HALTED
     assert fake.c.exits == 2
+
+
+def test_a_stop_from_outside_does_not_wait_for_the_rest_of_a_string_and_loses_none() -> None:
+    fake = FakeRun(pio(0xE9, b"hello"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        if len(seen) == 2:
+            with ThreadPoolExecutor(1) as other_thread:
+                other_thread.submit(fake.runner.stop).result()
+
+    fake.pio.handle(0xE9, handler)
+    assert run(fake).reason == reasons.STOPPED
+    assert bytes(seen) == b"he"
+    assert run(fake).reason == reasons.HALTED
+    assert bytes(seen) == b"hello"
+
+
+def test_the_deadline_does_not_wait_for_the_rest_of_a_string_either() -> None:
+    fake = FakeRun(pio(0xE9, b"hello"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        while len(seen) == 2 and not fake.c.run.immediate_exit:
+            time.sleep(0.001)  # until the timer has rung
+
+    fake.pio.handle(0xE9, handler)
+    assert run(fake, seconds=0.05).reason == reasons.TIMEOUT
+    assert bytes(seen) == b"he"
+    assert run(fake).reason == reasons.HALTED
+    assert bytes(seen) == b"hello"
+
+
+def test_a_stop_by_its_own_handler_finds_the_string_instruction_complete() -> None:
+    fake = FakeRun(pio(0xE9, b"hello"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        fake.runner.stop()
+
+    fake.pio.handle(0xE9, handler)
+    assert run(fake).reason == reasons.STOPPED
+    assert bytes(seen) == b"hello"
+
+
+def test_complete_gives_up_the_rest_of_a_string_that_was_cut_short() -> None:
+    fake = FakeRun(pio(0x1F0, count=4), HLT)
+
+    def handler(access: PioAccess) -> int:
+        with ThreadPoolExecutor(1) as other_thread:
+            other_thread.submit(fake.runner.stop).result()
+        return 7
+
+    fake.pio.handle(0x1F0, handler)
+    assert run(fake).reason == reasons.STOPPED
+    fake.runner.complete()
+    assert fake.answered(0, 4) == b"\x07\xff\xff\xff"
+    assert run(fake).reason == reasons.HALTED
 
 
 def test_a_string_read_is_answered_item_by_item() -> None:
@@ -451,27 +513,52 @@ class CtrlC:
         return interrupted
 
 
-def test_ctrl_c_as_an_access_comes_back_does_not_lose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_as_an_access_comes_back_does_not_lose_it() -> None:
     fake = FakeRun(pio(1, b"a"), pio(2), pio(1, b"b"), HLT)
     seen: list[int] = []
     claim = fake.pio.handle(1, lambda access: seen.append(access.value))
     fake.pio.handle(2, lambda access: 0x55)
+    for exit in fake.script[0:3]:
+        exit.signal = signal.SIGINT
     for _ in range(3):
-        monkeypatch.setattr(vcpu_thread, "lib", CtrlC("pykvm_vcpu_run"))
         with pytest.raises(KeyboardInterrupt):
             run(fake)
-    monkeypatch.undo()
     assert run(fake).reason == reasons.HALTED
     assert (bytes(seen), fake.answered(1, 1), claim.hits) == (b"ab", b"\x55", 2)
 
 
-def test_ctrl_c_as_a_halt_comes_back_does_not_lose_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_as_a_halt_comes_back_does_not_lose_it() -> None:
     fake = FakeRun(HLT, pio(1, b"a"))
-    monkeypatch.setattr(vcpu_thread, "lib", CtrlC("pykvm_vcpu_run"))
+    fake.script[0].signal = signal.SIGINT
     with pytest.raises(KeyboardInterrupt):
         run(fake)
     assert run(fake).reason == reasons.HALTED
     assert (fake.c.exits, run(fake).reason) == (1, reasons.UNCLAIMED)
+
+
+def test_ctrl_c_as_an_unclaimed_access_comes_back_does_not_lose_it() -> None:
+    fake = FakeRun(pio(1, b"a"), HLT)
+    fake.script[0].signal = signal.SIGINT
+    with pytest.raises(KeyboardInterrupt):
+        run(fake)
+    end = run(fake)
+    assert (end.reason, end.exit.value) == (reasons.UNCLAIMED, ord("a"))
+
+
+def test_ctrl_c_in_a_handler_is_the_handlers_own() -> None:
+    """It has seen the access, so nobody gets it again."""
+    fake = FakeRun(pio(1, b"a"), HLT)
+    seen: list[int] = []
+
+    def handler(access: PioAccess) -> None:
+        seen.append(access.value)
+        signal.raise_signal(signal.SIGINT)
+
+    fake.pio.handle(1, handler)
+    with pytest.raises(KeyboardInterrupt):
+        run(fake)
+    assert run(fake).reason == reasons.HALTED
+    assert seen == [ord("a")]
 
 
 def test_ctrl_c_as_a_run_begins_lets_go_of_the_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:

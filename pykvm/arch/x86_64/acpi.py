@@ -73,6 +73,7 @@ def build_acpi(
     timer_pin: int = pc.TIMER_PIN,
     pm_base: int = pc.PM_BASE,
     reset: int = pc.RESET,
+    pic: bool = True,
 ) -> Acpi:
     """Make the tables of a PC.
 
@@ -91,6 +92,8 @@ def build_acpi(
         timer_pin: the IOAPIC's input at which GSI 0 arrives, as in ``pc.gsi_routes()``.
         pm_base: the ports of ``PowerManagement``.
         reset: the port of ``ResetControl``.
+        pic: whether there is a pair of 8259As. Without them no timer hangs on GSI 0 either, and it
+            has no override.
 
     Raises:
         ValueError: the base, or more tables than there is room from it on.
@@ -106,7 +109,7 @@ def build_acpi(
     dsdt_at = facs_at + 64
     fadt = _fadt(facs_at, dsdt_at, pm_base, reset, com1, rtc)
     fadt_at = _after(dsdt_at, dsdt)
-    madt = _madt(ids, ioapic, timer_pin)
+    madt = _madt(ids, ioapic, timer_pin, pic)
     madt_at = _after(fadt_at, fadt)
     rsdt, rsdt_at = Rsdt([fadt_at, madt_at]), _after(madt_at, madt)
     xsdt, xsdt_at = Xsdt([fadt_at, madt_at]), _after(rsdt_at, rsdt)
@@ -165,7 +168,7 @@ def _fadt(facs: int, dsdt: int, pm_base: int, reset: int, com1: bool, rtc: bool)
     )
 
 
-def _madt(ids: Sequence[int], ioapic: int, timer_pin: int) -> Madt:
+def _madt(ids: Sequence[int], ioapic: int, timer_pin: int, pic: bool) -> Madt:
     """Describe the interrupt controllers (5.2.12), with KVM's usual wiring."""
     entries: list[tuple[str, dict[str, Any]]] = []
     wide = False
@@ -176,7 +179,7 @@ def _madt(ids: Sequence[int], ioapic: int, timer_pin: int) -> Madt:
         wide |= x2apic
         entries.append(("local-x2apic" if x2apic else "local-apic", members))
     entries.append(("io-apic", {"id": 0, "address": ioapic, "gsi_base": 0}))
-    if timer_pin != pc.TIMER_IRQ:
+    if pic and timer_pin != pc.TIMER_IRQ:
         entries.append(("override", {"source": pc.TIMER_IRQ, "gsi": timer_pin}))
     entries.append(
         (
@@ -187,7 +190,7 @@ def _madt(ids: Sequence[int], ioapic: int, timer_pin: int) -> Madt:
     entries.append(("local-apic-nmi", {"uid": EVERY_CPU, "lint": 1}))
     if wide:
         entries.append(("local-x2apic-nmi", {"uid": 0xFFFF_FFFF, "lint": 1}))
-    return Madt(pc.LAPIC, entries)
+    return Madt(pc.LAPIC, entries, Madt.PCAT_COMPAT if pic else 0)
 
 
 def _definition_block(

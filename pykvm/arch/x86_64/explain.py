@@ -271,12 +271,15 @@ def _emulation_hints(found: Explanation, sregs: Any) -> list[str]:
 
 def explain_shutdown(
     *, sregs: Any, regs: Any, memory: Any = None, features: Iterable[str] | None = None,
-    phys_bits: int = 52,
+    phys_bits: int = 52, known: Sequence[str] = (),
 ) -> Explanation:  # fmt: skip
     """KVM_EXIT_SHUTDOWN: an exception whose handling failed, twice (a triple fault).
 
     The registers are those at the first exception; some processors reset them instead (SVM), and
     then what is explained is the reset state.
+
+    Args:
+        known: what else is known of the guest, in sentences; told where the registers are lost.
     """
     what = "KVM_EXIT_SHUTDOWN: the guest triple-faulted: an exception could not be delivered"
     found = _examine(what, sregs, regs, memory, phys_bits, features)
@@ -285,6 +288,7 @@ def explain_shutdown(
             "these are the registers of a processor after reset: AMD's lose theirs in a shutdown. "
             "An IDT whose handlers print and halt shows the exception and where it was"
         )
+        found.hints += known
         return found
     hints = _fetch_hints(found, memory)
     if int(sregs.cr0) & 0x80000001 == 1 and int(sregs.cr3):

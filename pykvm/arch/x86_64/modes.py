@@ -47,15 +47,36 @@ class Entry:
         star: the value for MSR_STAR under which SYSCALL and SYSRET use this GDT.
     """
 
-    __slots__ = ("entry", "gdt", "idt", "mode", "page_tables", "ring", "stack", "tss")
+    __slots__ = ("_gdt", "_made", "_tss", "entry", "idt", "mode", "page_tables", "ring", "stack")
     star = layout.STAR
 
     def __init__(self, mode: str, ring: int, entry: int, stack: int) -> None:
         self.mode, self.ring, self.entry, self.stack = mode, ring, entry, stack
-        self.gdt: Gdt | None = None
-        self.tss: Tss64 | Tss32 | None = None
+        self._made: _Descriptors | None = None
+        self._gdt: Gdt | None = None
+        self._tss: Tss64 | Tss32 | None = None
         self.idt: Idt | None = None
         self.page_tables: PageTables | None = None
+
+    @property
+    def gdt(self) -> Gdt | None:
+        """What was written for GDTR to point to."""
+        made = self._made
+        if self._gdt is None and made is not None:
+            from .tables import Gdt
+
+            self._gdt = Gdt.decode(made.gdt, made.gdt_base, made.long)
+        return self._gdt
+
+    @property
+    def tss(self) -> Tss64 | Tss32 | None:
+        """What was written for TR to point to."""
+        made = self._made
+        if self._tss is None and made is not None:
+            from .tables import Tss32, Tss64
+
+            self._tss = (Tss64 if made.long else Tss32).decode(made.tss)
+        return self._tss
 
     def __repr__(self) -> str:
         text = f"{self.mode}, ring {self.ring}, entry {self.entry:#x}, stack {self.stack:#x}"
@@ -74,6 +95,7 @@ def enter(
         mode: ``real16``; ``prot32``, flat and without paging; ``long64``, flat and identity-mapped.
         sregs, regs: changed in place. Of ``regs`` RIP, RSP and RFLAGS are set, all of the segments
             and descriptor tables of ``sregs``, CR0, CR3, CR4 and EFER; the rest is left alone.
+            None for ``sregs`` leaves those to a caller who knows what the same arguments make.
         memory: guest-physical memory; real16 does not touch it.
         entry: guest-physical address of the first instruction.
         stack: first stack pointer; by default 0x8000 above ``tables``.
@@ -128,6 +150,9 @@ def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
         raise ValueError(f"stack {done.stack:#x}: SP has 16 bits in real mode, and SS is 0")
     # Below 64 KiB CS is 0, so that the offsets in the code are the addresses it is loaded at.
     selector = min(done.entry >> 4, 0xFFFF) if done.entry > 0xFFFF else 0
+    regs.rip = done.entry - (selector << 4)
+    if sregs is None:
+        return
     real_mode(selector, code=True).apply(sregs.cs)
     segment = real_mode(0)
     for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -137,7 +162,6 @@ def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
     sregs.gdt.base, sregs.gdt.limit = 0, 0xFFFF
     sregs.idt.base, sregs.idt.limit = 0, 0x3FF
     sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_REAL, 0, 0, 0
-    regs.rip = done.entry - (selector << 4)
 
 
 def _check_addresses(done: Entry, tables: int) -> None:
@@ -154,15 +178,31 @@ def _check_addresses(done: Entry, tables: int) -> None:
         )
 
 
-_flat: dict[bool, Gdt] = {}
+class _Descriptors:
+    """GDT and TSS, and the segments that are loaded out of them.
 
+    Args:
+        tables: where the block with both starts.
+        ring: whose segments are loaded.
+        iopl: 3 for a TSS whose bitmap permits ports.
+        long: for long mode.
+    """
 
-def _flat_gdt(base: int, long: bool) -> Gdt:
-    """The descriptors that all machines have alike; encoded once."""
-    from .tables import Gdt
+    __slots__ = ("code", "gdt", "gdt_base", "long", "stack", "task", "tss", "tss_base")
 
-    if long not in _flat:
-        _flat[long] = gdt = Gdt(0, long)
+    def __init__(self, tables: int, ring: int, iopl: int, long: bool) -> None:
+        from .tables import Gdt, Tss32, Tss64
+
+        self.long = long
+        self.gdt_base, self.tss_base = tables + layout.GDT, tables + layout.TSS
+        if long:
+            tss_itself = bytes(Tss64(rsp0=tables + layout.RSP0_TOP, ist1=tables + layout.IST1_TOP))
+        else:
+            tss_itself = bytes(Tss32(esp0=tables + layout.RSP0_TOP, ss0=layout.KERNEL_DS))
+        if long and ring and iopl == 3:
+            # Bit n forbids port n; a byte of ones ends the map (SDM Vol. 1 §19.5.2).
+            tss_itself += bytes(layout.IO_PORTS // 8) + b"\xff"
+        gdt = Gdt(self.gdt_base, long)
         for selector, segment in (
             (layout.KERNEL_CS32, code32()),
             (layout.KERNEL_CS, code64()),
@@ -170,49 +210,80 @@ def _flat_gdt(base: int, long: bool) -> Gdt:
             (layout.USER_CS32, code32(dpl=3)),
             (layout.USER_DS, data(dpl=3)),
             (layout.USER_CS, code64(dpl=3)),
+            (layout.TSS_SELECTOR, tss(self.tss_base, limit=len(tss_itself) - 1)),
         ):
             gdt.place(selector, segment)
-    return _flat[long].copy(base)
+        code, stack = (
+            (layout.USER_CS if long else layout.USER_CS32, layout.USER_DS)
+            if ring
+            else (layout.KERNEL_CS if long else layout.KERNEL_CS32, layout.KERNEL_DS)
+        )
+        self.code, self.stack = gdt[code | ring], gdt[stack | ring]
+        self.task = gdt[layout.TSS_SELECTOR]
+        self.gdt, self.tss = bytes(gdt), tss_itself
+
+    def load(self, sregs: Any, memory: Any) -> None:
+        """Write both tables, and load every segment register."""
+        memory[self.gdt_base : self.gdt_base + len(self.gdt)] = self.gdt
+        memory[self.tss_base : self.tss_base + len(self.tss)] = self.tss
+        if sregs is None:
+            return
+        self.code.apply(sregs.cs)
+        stack = self.stack
+        for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
+            stack.apply(register)
+        self.task.apply(sregs.tr)
+        null().apply(sregs.ldt)
+        sregs.gdt.base, sregs.gdt.limit = self.gdt_base, len(self.gdt) - 1
 
 
-def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool) -> Gdt:
+# What enter() puts together is the same for one machine after the other: it is kept, as bytes.
+_descriptors: dict[tuple[int, int, int, bool], _Descriptors] = {}
+_identity_maps: dict[tuple[int, int, bool, str], tuple[bytes, PageTables]] = {}
+_MOST_KEPT = 16
+
+
+def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool) -> None:
     """Write GDT and TSS, and load every segment register for the ring."""
-    gdt = done.gdt = _flat_gdt(tables + layout.GDT, long)
-    from .tables import Tss32, Tss64
+    key = tables, done.ring, iopl, long
+    made = _descriptors.get(key)
+    if made is None:
+        if len(_descriptors) >= _MOST_KEPT:
+            _descriptors.clear()
+        made = _descriptors[key] = _Descriptors(*key)
+    made.load(sregs, memory)
+    done._made = made
 
-    if long:
-        done.tss = Tss64(rsp0=tables + layout.RSP0_TOP, ist1=tables + layout.IST1_TOP)
-    else:
-        done.tss = Tss32(esp0=tables + layout.RSP0_TOP, ss0=layout.KERNEL_DS)
-    in_memory = bytes(done.tss)
-    if long and done.ring and iopl == 3:
-        # Bit n forbids port n; a byte of ones ends the map (SDM Vol. 1 §19.5.2).
-        in_memory += bytes(layout.IO_PORTS // 8) + b"\xff"
-    gdt.place(layout.TSS_SELECTOR, tss(tables + layout.TSS, limit=len(in_memory) - 1))
-    gdt.write(memory)
-    at = tables + layout.TSS
-    memory[at : at + len(in_memory)] = in_memory
 
-    code, stack = (
-        (layout.USER_CS if long else layout.USER_CS32, layout.USER_DS)
-        if done.ring
-        else (layout.KERNEL_CS if long else layout.KERNEL_CS32, layout.KERNEL_DS)
-    )
-    gdt[code | done.ring].apply(sregs.cs)
-    segment = gdt[stack | done.ring]
-    for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
-        segment.apply(register)
-    gdt[layout.TSS_SELECTOR].apply(sregs.tr)
-    null().apply(sregs.ldt)
-    gdt.load(sregs.gdt)
-    return gdt
+def _identity_map(
+    memory: Any, tables: int, map_size: int, gigapages: bool, perms: str
+) -> PageTables:
+    """Page tables that map the first ``map_size`` bytes to themselves."""
+    key = tables, map_size, gigapages, perms
+    known = _identity_maps.get(key)
+    if known is not None:
+        raw, pages = known
+        memory[pages.cr3 : pages.cr3 + len(raw)] = raw
+        return pages.at_home_in(memory)
+    from .paging import PageTables
+
+    pages = PageTables(memory, tables + layout.PAGE_TABLES, tables + layout.PAGE_TABLES_END)
+    if not gigapages:
+        pages.page_sizes = pages.page_sizes[:2]
+    pages.identity(map_size, perms=perms)
+    first, end = pages.used
+    if len(_identity_maps) >= _MOST_KEPT:
+        _identity_maps.clear()
+    _identity_maps[key] = memory[first:end], pages.at_home_in(None)
+    return pages
 
 
 def _prot32(done: Entry, sregs: Any, memory: Any, tables: int) -> None:
     if tables >= 1 << 32:
         raise ValueError(f"tables {tables:#x} does not fit into 32 bits")
     _segments(done, sregs, memory, tables, 0, long=False)
-    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
+    if sregs is not None:
+        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
 
 
 def _long64(
@@ -226,20 +297,20 @@ def _long64(
             f"map_size {map_size:#x}: without 1 GiB pages the tables have room for 4 GiB; build "
             "your own with PageTables and set cr3"
         )
-    from .paging import PageTables
-
-    pages = PageTables(memory, tables + layout.PAGE_TABLES, tables + layout.PAGE_TABLES_END)
-    if not gigapages:
-        pages.page_sizes = pages.page_sizes[:2]
-    pages.identity(map_size, perms=perms)
+    pages = _identity_map(memory, tables, map_size, gigapages, perms)
     done.page_tables = pages
     _segments(done, sregs, memory, tables, iopl, long=True)
+    if sregs is None:
+        return
     sregs.cr0 = _CR0_PROTECTED | _CR0_PAGING
     sregs.cr3, sregs.cr4 = pages.cr3, _CR4_PAE | _CR4_SSE
     sregs.efer = _EFER_LONG | (_EFER_NXE if pages.needs_nx else 0)
 
 
 def _load_idt(done: Entry, sregs: Any, memory: Any, idt: Idt | None) -> None:
+    if sregs is None:
+        assert idt is None
+        return
     if idt is None:
         sregs.idt.base, sregs.idt.limit = 0, 0
         return

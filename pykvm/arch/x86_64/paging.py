@@ -19,7 +19,7 @@ from .walk import NX, PS, SHAPES, P, U, W, peek, size_name, walk
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    from typing import Any, Self
 
     from .walk import Walk
 
@@ -105,6 +105,14 @@ class PageTables:
         self._memory[gpa : gpa + PAGE] = bytes(PAGE)
         self._next = gpa + PAGE
         return gpa
+
+    def at_home_in(self, memory: Any) -> Self:
+        """These tables as they are, byte for byte at the same place, in another guest's memory."""
+        other = type(self).__new__(type(self))
+        other._memory, other.mode = memory, self.mode
+        other._next, other._end = self._next, self._end
+        other.page_sizes, other.needs_nx, other.cr3 = self.page_sizes, self.needs_nx, self.cr3
+        return other
 
     @property
     def used(self) -> tuple[int, int]:
