@@ -17,7 +17,7 @@ import pytest
 import pykvm
 from pykvm import result as reasons
 from pykvm.errors import DiskError
-from pykvm.virtio import Blk
+from pykvm.virtio import Blk, DiskSpec
 from tests.kvm.test_virtio import GENEROUS, PROBE, SERVED
 from tests.support import linux_disk, linux_guest
 from tests.support.vring_driver import WRITE, Driver
@@ -132,7 +132,7 @@ def boot(kernel: Path, initrd: Path) -> Iterator[Boot]:
     machines: list[pykvm.Machine] = []
 
     def run(
-        *disks: str | Path, cpus: int = 1, memory: str = "192M", queues: int = 1
+        *disks: Path | DiskSpec, cpus: int = 1, memory: str = "192M", queues: int = 1
     ) -> tuple[pykvm.Machine, str]:
         m = pykvm.Machine(memory, cpus=cpus, irqchip=True, pit=True)
         machines.append(m)
@@ -183,3 +183,85 @@ def test_linux_has_its_root_on_a_disk(boot: Boot, tmp_path: Path) -> None:
     assert image.stat().st_size == 48 << 20
     if device.disk.can_discard:
         assert image.stat().st_blocks * 512 < before + (6 << 20)
+
+
+FIO = r"""
+busybox mount -t tmpfs tmp /out
+echo "MARKER cpus $(busybox nproc)"
+busybox cat /sys/block/vdb/size /sys/block/vdb/mq/*/cpu_list
+fio --output=/out/log --minimal /fio.ini; echo "MARKER fio $?"
+busybox cut -c 1-200 /out/log
+"""
+
+JOBS = """
+[global]
+direct=1
+size=512k
+verify=crc32c
+verify_fatal=1
+ioengine=libaio
+iodepth=8
+thread=1
+[sequential]
+filename=/dev/vdb
+rw=write
+bs=64k
+[random]
+filename=/dev/vdb
+rw=randwrite
+bs=4k
+offset=2M
+[mixed]
+filename=/dev/vdb
+rw=randrw
+bsrange=512-16k
+verify_interval=512
+offset=4M
+[flushed]
+filename=/dev/vdb
+rw=randwrite
+bs=4k
+fsync=8
+size=128k
+offset=6M
+ioengine=psync
+iodepth=1
+[files]
+filename=/data
+direct=0
+fsync=16
+rw=randwrite
+bs=8k
+ioengine=psync
+iodepth=1
+"""
+
+
+@pytest.fixture(scope="session")
+def fio_root(kernel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with fio, made once: each boot has an overlay over it."""
+    linux_disk.tool("fio")
+    path = tmp_path_factory.mktemp("fio") / "root.img"
+    linux_disk.root_image(path, 160 << 20, FIO, ["fio"], {"fio.ini": JOBS})
+    return path
+
+
+@pytest.mark.watchdog(900)
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_fio_finds_what_it_has_written(
+    boot: Boot, fio_root: Path, tmp_path: Path, cpus: int
+) -> None:
+    data = tmp_path / "data.img"
+    with data.open("xb") as file:
+        file.truncate(8 << 20)
+    before = hashlib.sha256(fio_root.read_bytes()).digest()
+    m, text = boot(DiskSpec(fio_root, overlay=True), data, cpus=cpus, queues=cpus)
+    assert f"MARKER cpus {cpus}" in text
+    assert "MARKER fio 0" in text, text[-4000:]
+    counters = m.devices["blk1"].counters
+    assert counters.errors == 0
+    # Everything was written, and read again.
+    assert counters.bytes_out > 1 << 20 and counters.bytes_in > 1 << 20
+    m.close()
+    assert data.read_bytes().strip(b"\0")
+    assert hashlib.sha256(fio_root.read_bytes()).digest() == before

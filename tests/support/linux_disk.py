@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -72,7 +72,13 @@ def initrd(kernel: Path, modules: Iterable[str]) -> bytes:
     return gzip.compress(b"".join(cpio(entries)), 1)
 
 
-def root_image(path: Path, size: int, script: str, programs: Iterable[str] = ()) -> None:
+def root_image(
+    path: Path,
+    size: int,
+    script: str,
+    programs: Iterable[str] = (),
+    files: Mapping[str, str] | None = None,
+) -> None:
     """Make an ext4 image whose init runs ``script``.
 
     Args:
@@ -80,6 +86,7 @@ def root_image(path: Path, size: int, script: str, programs: Iterable[str] = ())
         size: in bytes.
         script: for busybox sh; it is ``/test.sh``.
         programs: of this host, put into /usr/bin with their libraries.
+        files: more of them, by name, with their contents.
     """
     tree = path.with_suffix(".tree")
     for name in ("bin", "dev", "proc", "sys", "sbin", "usr/bin", "out"):
@@ -88,6 +95,8 @@ def root_image(path: Path, size: int, script: str, programs: Iterable[str] = ())
     (tree / "sbin" / "init").write_text(INIT)
     (tree / "sbin" / "init").chmod(0o755)
     (tree / "test.sh").write_text(script)
+    for name, text in (files or {}).items():
+        (tree / name).write_text(text)
     for program in programs:
         _install(tree, tool(program))
     with path.open("xb") as file:
