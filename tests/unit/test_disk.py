@@ -636,3 +636,84 @@ def test_the_daemon_ends_when_its_user_is_killed(tmp_path: Path) -> None:
             return False
 
     wait_until(free)
+
+
+# ---- block devices -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def block_device(image: Path) -> Iterator[str]:
+    """A loop device over the image."""
+    losetup = shutil.which("losetup", path=f"{os.environ['PATH']}:/usr/sbin:/sbin")
+    if losetup is None:
+        pytest.skip("no losetup in $PATH")
+    done = subprocess.run(
+        [losetup, "--find", "--show", image], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"losetup: {done.stderr.strip()}")
+    device = done.stdout.strip()
+    yield device
+    subprocess.run([losetup, "--detach", device], check=True)
+
+
+@pytest.mark.parametrize("cache", ["writeback", "writethrough", "none"])
+def test_a_block_device_is_a_disk(block_device: str, cache: str) -> None:
+    with open_raw(block_device, cache=cache) as disk:
+        assert disk.sectors == SIZE // SECTOR
+        assert disk.limits.logical in (512, 4096)
+        assert read(disk, 4096, 4096, 8192) == content()[4096 : 4096 + 12288]
+        write(disk, 8192, b"d" * 4096)
+        disk.flush()
+        assert read(disk, 8192, 4096) == b"d" * 4096
+        disk.write_zeroes(16384, 8192, False)
+        disk.write_zeroes(32768, 8192, True)
+        assert (
+            read(disk, 16384 - 4096, 16384)
+            == content()[12288:16384] + bytes(8192) + content()[24576:28672]
+        )
+        assert read(disk, 32768, 8192) == bytes(8192)
+        disk.discard(65536, 65536)
+        if disk.can_discard:
+            assert read(disk, 65536, 65536) == bytes(65536)
+        with pytest.raises(DiskError, match="this process"):
+            open_raw(block_device)
+
+
+def test_without_fuse_an_image_can_be_read_but_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for tool in ("qemu-img", "qemu-storage-daemon"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool} in $PATH")
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(empty_qcow2(1 << 20))
+    before = path.read_bytes()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda name, mode: name != "/dev/fuse" and access(name, mode))
+    with DiskSpec(path, format="qcow2", overlay=True).open() as disk:
+        write(disk, 4096, content(4096))
+        assert read(disk, 0, 12288) == bytes(4096) + content(4096) + bytes(4096)
+    assert path.read_bytes() == before
+    with pytest.raises(DiskError, match=r"modprobe fuse.*qemu-img can read it, for ro or overlay"):
+        DiskSpec(path, format="qcow2").open()
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(DiskError, match="not in qcow2 format"):
+        DiskSpec(path, format="qcow2", readonly=True).open()
+
+
+def test_a_qcow2_image_with_a_disk_in_it_is_read(tmp_path: Path) -> None:
+    needs_fuse()
+    if shutil.which("qemu-img") is None:
+        pytest.skip("no qemu-img in $PATH")
+    raw, path = tmp_path / "raw", tmp_path / "a.qcow2"
+    raw.write_bytes(content())
+    subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path], check=True)
+    for mode in (",ro", ",overlay", ""):
+        with DiskSpec.parse(f"{path},format=qcow2{mode}").open() as disk:
+            assert read(disk, 0, SIZE) == content()
+            if not disk.readonly:
+                write(disk, 512, b"q" * 512)
+                disk.flush()
+                assert read(disk, 0, 1536) == content()[:512] + b"q" * 512 + content()[1024:1536]
+    subprocess.run(["qemu-img", "check", "-q", path], check=True)
