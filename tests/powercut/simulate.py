@@ -17,8 +17,9 @@ from tests.powercut.storage import SECTOR, ForgetfulFile
 from tests.support.chains import BlkDriver
 
 SECTORS = 64
-MODES = ("writeback", "writethrough", "toggled")
-"""The cache mode: of the host's choice, or changed by the driver now and then."""
+MODES = ("writeback", "writethrough", "toggled", "synced")
+"""The cache mode: of the host's choice, or changed by the driver now and then; "synced" is
+write-through on a file system without RWF_DSYNC."""
 
 WRITEBACK_FIELD = 32
 ANYTHING = b""
@@ -95,6 +96,7 @@ def workload(
     os.write(fd, b"".join(versions[0] for versions in oracle.versions))
     file = ForgetfulFile(fd, f"seed {seed}")
     file.drop = drop
+    file.honours_dsync = mode != "synced"
 
     def cut() -> None:
         for image in file.cuts(cutting):
@@ -105,11 +107,11 @@ def workload(
                 tally.lost.append(f"seed {seed} {mode}, request {number}: sectors {wrong}")
 
     number = 0
-    with RawDisk(file, write_back=mode != "writethrough") as disk:
+    through = mode in ("writethrough", "synced")
+    with RawDisk(file, write_back=not through) as disk:
         device = Blk(disk)
         driver = BlkDriver(device)
         file.instant = cut
-        through = mode == "writethrough"
         for number in range(1, requests + 1):
             if mode == "toggled" and chance.random() < 0.1:
                 through = not through

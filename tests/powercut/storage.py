@@ -35,6 +35,7 @@ class ForgetfulFile(HostFile):
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd, path)
         self.instant: Callable[[], None] = lambda: None
+        self.honours_dsync = True
         self.syncs = 0
         self.drop = -1
         self.durable = bytearray(self.size())

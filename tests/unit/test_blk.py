@@ -297,6 +297,8 @@ def test_the_driver_chooses_the_cache_mode(device: Blk, driver: BlkDriver) -> No
 
 def test_without_flushes_every_write_is_stable(device: Blk) -> None:
     """Virtio 1.2, 5.2.6.2: neither FLUSH nor CONFIG_WCE negotiated."""
+    device.status = 8  # FEATURES_OK: the driver may look already
+    assert device.config_read(32, 1) == b"\0"
     BlkDriver(device, features=0)
     assert not device.disk.write_back
     device.config_write(32, b"\1")

@@ -717,3 +717,20 @@ def test_a_qcow2_image_with_a_disk_in_it_is_read(tmp_path: Path) -> None:
                 disk.flush()
                 assert read(disk, 0, 1536) == content()[:512] + b"q" * 512 + content()[1024:1536]
     subprocess.run(["qemu-img", "check", "-q", path], check=True)
+
+
+def test_where_a_write_cannot_be_synced_itself_the_file_is(watched: Watched) -> None:
+    disk, file = watched
+    disk.write_back = file.honours_dsync = False
+    write(disk, 0, b"a" * 512)
+    write(disk, 0, b"b" * 512)
+    assert file.calls == ["write", "fdatasync"] * 2
+
+
+def test_fuse_is_not_trusted_with_a_synced_write(tmp_path: Path) -> None:
+    needs_fuse()
+    path = tmp_path / "a.qcow2"
+    path.write_bytes(empty_qcow2(1 << 20))
+    with DiskSpec(path, format="qcow2", cache="writethrough").open() as disk:
+        assert isinstance(disk, RawDisk) and not disk.file.honours_dsync
+        write(disk, 0, b"a" * 512)

@@ -42,8 +42,7 @@ def _no_flush(disk: RawDisk) -> None:
     pass
 
 
-def _too_early(disk: RawDisk, views: Sequence[memoryview], offset: int) -> None:
-    disk._volatile = False
+def _unnoticed(disk: RawDisk, views: Sequence[memoryview], offset: int) -> None:
     disk.file.pwritev(views, offset, not disk._write_back)
 
 
@@ -60,7 +59,7 @@ def _lazy_zeroes(disk: RawDisk, offset: int, length: int, unmap: bool) -> None:
     ("method", "broken"),
     [
         ("flush", _no_flush),
-        ("write", _too_early),
+        ("write", _unnoticed),
         ("write", _never_sync),
         ("write_zeroes", _lazy_zeroes),
     ],

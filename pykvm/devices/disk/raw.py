@@ -73,31 +73,36 @@ class RawDisk(Disk):
 
     def write(self, views: Sequence[memoryview], offset: int) -> None:
         """Write all ``views``."""
-        if self._write_back:
+        sync = not self._write_back and self.file.honours_dsync
+        if not sync:
             self._volatile = True
         left: Sequence[memoryview] = views
         while left:
-            done = self._transfer(left, offset, True)
+            done = self._transfer(left, offset, True, sync)
             if not done:
                 raise OSError(errno.EIO, "the host took nothing", self.path)
             offset += done
             left = rest(left, done)
+        if not self._write_back and not sync:
+            self.flush()
 
-    def _transfer(self, views: Sequence[memoryview], offset: int, write: bool) -> int:
+    def _transfer(
+        self, views: Sequence[memoryview], offset: int, write: bool, sync: bool = False
+    ) -> int:
         """One system call for as much as it takes: how many bytes it did."""
         if len(views) > IOV_MAX:
             views = views[:IOV_MAX]
         try:
             if write:
-                return self.file.pwritev(views, offset, not self._write_back)
+                return self.file.pwritev(views, offset, sync)
             return self.file.preadv(views, offset)
         except OSError as error:
             # O_DIRECT wants the memory aligned, and a guest need not know.
             if not self._direct or error.errno != errno.EINVAL:
                 raise
-        return self._bounce(views, offset, write)
+        return self._bounce(views, offset, write, sync)
 
-    def _bounce(self, views: Sequence[memoryview], offset: int, write: bool) -> int:
+    def _bounce(self, views: Sequence[memoryview], offset: int, write: bool, sync: bool) -> int:
         """The same by way of a buffer whose address suits O_DIRECT."""
         import mmap
 
@@ -109,7 +114,7 @@ class RawDisk(Disk):
                 for view in views:
                     data[at : at + view.nbytes] = view
                     at += view.nbytes
-                return self.file.pwritev([data], offset, not self._write_back)
+                return self.file.pwritev([data], offset, sync)
             done = self.file.preadv([data], offset)
             for view in part(views, 0, done):
                 view[:] = data[at : at + view.nbytes]

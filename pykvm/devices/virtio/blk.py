@@ -13,7 +13,7 @@ from contextlib import suppress
 
 from pykvm.devices.virtio import blk_request as req
 from pykvm.devices.virtio.blk_request import Refused, Request
-from pykvm.devices.virtio.device import VirtioDevice
+from pykvm.devices.virtio.device import DRIVER_OK, FEATURES_OK, VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ class Blk(VirtioDevice):
             min(unaligned, 255),
             min(limits.min_io // block, 0xFFFF),
             min(limits.opt_io // block, 0xFFFFFFFF),
-            disk.write_back,
+            self._writes_back,
             len(self.queue_max_sizes),
             *((0, 0, 0) if disk.readonly else self._discard_limits()),
             *((0, 0) if disk.readonly else (MAX_ZEROES_SECTORS, MAX_ZEROES_SEGMENTS)),
@@ -100,6 +100,12 @@ class Blk(VirtioDevice):
 
     def _discard_limits(self) -> tuple[int, int, int]:
         return MAX_DISCARD_SECTORS, MAX_DISCARD_SEGMENTS, self.disk.limits.physical // req.SECTOR
+
+    @property
+    def _writes_back(self) -> bool:
+        """The field ``writeback``: 0 from FEATURES_OK on if no flushes are to come (5.2.5.2)."""
+        settling = self.status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK
+        return self.disk.write_back and not (settling and not self.has(F_FLUSH))
 
     def config_write(self, offset: int, data: bytes) -> None:
         """The driver chooses the cache mode: one byte, if it has negotiated that."""
