@@ -55,7 +55,7 @@ def qemu(machine: str, kernel: Path, initrd: Path) -> list[str]:
 
 def pykvm_boot(kernel: Path, *more: str) -> list[str]:
     """``pykvm boot``, started as its console script would be."""
-    start = "from pykvm.cli.main import main; main()"
+    start = "from pykvm.cli.quick import main; main()"
     return [sys.executable, "-c", start, "boot", str(kernel), "--memory", MEMORY, *more]
 
 
