@@ -89,6 +89,7 @@ class Pc:
         self.system_map: str | os.PathLike[str] | None = None
         self._symbols: Symbols | None = None
         self._grace: threading.Timer | None = None
+        self._keeper: threading.Thread | None = None
         self._irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             irqchip.wire_as_pc()
@@ -153,10 +154,24 @@ class Pc:
     def run_begins(self) -> None:
         """The console is pumped while the machine runs."""
         self.console.start()
+        if self.plan is not None and self.plan.to_keep is not None:
+            self._keeper = threading.Thread(target=self._keep, args=(self.plan,), daemon=True)
+            self._keeper.start()
+
+    def _keep(self, plan: BootPlan) -> None:
+        """Write the unpacked kernel into the cache, behind everything else that wants to run."""
+        from contextlib import suppress
+
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread only
+        plan.keep()
 
     def run_ended(self) -> None:
-        """Everything that was printed is in the transcript now."""
+        """Everything that was printed is in the transcript now, and the kernel in the cache."""
         self.console.stop()
+        if self._keeper is not None:
+            self._keeper.join()
+            self._keeper = None
         if self._grace is not None:
             self._grace.cancel()
             self._grace.join()
@@ -238,6 +253,7 @@ def boot(
             kaslr=kaslr,
             cache=cache,
             rsdp_gpa=acpi.rsdp,
+            keep_later=True,  # while the guest runs
         )
         if machine.memory.covers(acpi.base, len(acpi.blob)):
             acpi.write(machine.memory)

@@ -28,6 +28,8 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
 
 DOUBT_AFTER = 1.0
 """Seconds after which a kernel that still runs makes us ask whether this KVM can run it at all."""
+DOUBT_LATER = 4.0
+"""Seconds more for one that has used a port by then."""
 
 
 class UsageProblem(Exception):
@@ -95,6 +97,7 @@ def boot(
         )
         if test_devices:
             m.test_devices()
+        noted = len(plan.notes)
         if verbose:
             for line in [repr(plan), *plan.notes]:
                 _say(f"pykvm: {line}")
@@ -119,6 +122,8 @@ def boot(
     else:
         output.close_line()
         _tell(kernel, result, panic, lines, verbose)
+        for note in plan.notes[noted:] if verbose else ():
+            _say(f"pykvm: {note}")
     return code
 
 
@@ -130,30 +135,35 @@ class _Doubt:
     """For the length of a ``with``: ends the run of a kernel that can never get anywhere here.
 
     Not if ``force`` is set, and not at once: most kernels have booted before anybody asks, and
-    asking takes a guest of its own.
+    asking takes a guest of its own. Nor soon where the kernel has come to use a port: it would only
+    be slowed down.
     """
 
     def __init__(self, machine: Machine, force: bool) -> None:
         self._machine = machine
-        self._force = force
-        self._timer = threading.Timer(DOUBT_AFTER, self._ask)
-        self._timer.daemon = True
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not force and machine.pc is not None and machine.pc.is_linux:
+            self._thread = threading.Thread(target=self._ask, name="doubt", daemon=True)
 
     def _ask(self) -> None:
+        if self._over.wait(DOUBT_AFTER):
+            return
+        if any(claim.hits for claim in self._machine.pio) and self._over.wait(DOUBT_LATER):
+            return
         from pykvm.suitability import ring0_is_emulated
 
-        pc = self._machine.pc
-        if pc is not None and pc.is_linux and ring0_is_emulated(self._machine.kvm.path):
+        if ring0_is_emulated(self._machine.kvm.path):
             self._machine.stop(reasons.UNSUPPORTED)
 
     def __enter__(self) -> None:
-        if not self._force:
-            self._timer.start()
+        if self._thread is not None:
+            self._thread.start()
 
     def __exit__(self, *exc: object) -> None:
-        if not self._force:
-            self._timer.cancel()
-            self._timer.join()
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 class _Output:
