@@ -14,7 +14,7 @@ from benches.measure import BenchError, Goal, Result, Sampler, compare, take_tur
 
 C_ONLY = False
 
-SIZE = 32 << 10
+SIZE = 4 << 10
 LINE = b"0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcde\n"
 
 
