@@ -15,6 +15,7 @@ from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable
     from typing import Protocol
 
@@ -43,6 +44,21 @@ if TYPE_CHECKING:
 
 TRANSCRIPT_BYTES = 1 << 20
 """How much of the guest's output is kept, by default."""
+
+
+LINE_BYTES = 4096
+LINE_SHOWN = 400
+"""Of a line that is shown to somebody, at most."""
+
+
+def readable(line: bytes) -> str:
+    """A line of the guest's for our own messages: decoded, cut, and nothing that moves a cursor.
+
+    A guest may print anything, and a terminal does what escape sequences tell it.
+    """
+    text = line[:LINE_BYTES].decode("utf-8", "replace").rstrip().expandtabs()
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:LINE_SHOWN])
+    return shown + "…" * (len(text) > LINE_SHOWN)
 
 
 class ExpectError(PykvmError):
@@ -99,8 +115,9 @@ class Console:
             return bytes(self._kept)
 
     def lines(self, count: int = 10) -> list[str]:
-        """The last lines of the transcript, decoded for reading."""
-        return self.transcript.decode("utf-8", "replace").splitlines()[-count:]
+        """The last lines of the transcript, for reading: see :func:`readable`."""
+        end = self.transcript[-count * LINE_BYTES :]
+        return [readable(line) for line in end.splitlines()[-count:]]
 
     def write(self, data: bytes) -> None:
         """Type: bytes the guest will read, as soon as its UART has room; any amount."""
@@ -112,7 +129,7 @@ class Console:
         """A BREAK on the line: Linux takes the next key as a magic SysRq."""
         self._serial.send_break()
 
-    def expect(self, pattern: bytes, timeout: float | None = None) -> bytes:
+    def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
         """Wait until the guest prints ``pattern``, looking from where the last match ended.
 
         Args:
@@ -125,7 +142,7 @@ class Console:
         Raises:
             ExpectError: the time is over, or the run ended first; with what was there instead.
         """
-        find = pattern.search if hasattr(pattern, "search") else None
+        find = None if isinstance(pattern, bytes) else pattern.search
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._change:
             while True:
@@ -135,6 +152,7 @@ class Console:
                     match = find(fresh)
                     end = match.end() if match else -1
                 else:
+                    assert isinstance(pattern, bytes)
                     at = fresh.find(pattern)
                     end = at + len(pattern) if at >= 0 else -1
                 if end >= 0:

@@ -14,7 +14,7 @@ from pykvm import boot as loaders
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc as places
 from pykvm.arch.x86_64.acpi import build_acpi
-from pykvm.console import Console
+from pykvm.console import Console, readable
 from pykvm.devices.cmos import Cmos
 from pykvm.devices.i8042 import I8042
 from pykvm.devices.pci_none import PciNone
@@ -62,7 +62,7 @@ class PanicWatch:
         self._line = bytearray(rest[-512:])
         for line in lines:
             if PANIC in line and not self.message:
-                self.message = line.decode("utf-8", "replace").strip()
+                self.message = readable(line.strip())
                 self._panicked(self.message)
             elif PANIC_END in line and self.message:
                 self._ended()
