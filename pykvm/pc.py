@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from pykvm.machine import Machine
     from pykvm.symbols import Symbols
 
+UNREAD_BYTES = 1 << 20
+"""Of the console; a guest that prints more waits for its reader."""
+
 PANIC = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"
 PANIC_GRACE = 2.0
@@ -94,7 +97,7 @@ class Pc:
         try:
             irqchip.wire_as_pc()
             irqchip.connect(self._irq, places.COM1_GSI)
-            self.serial = Serial(irq=self._irq, flow_control=True)
+            self.serial = Serial(irq=self._irq, flow_control=True, keep=UNREAD_BYTES, wait=True)
             self._watch = PanicWatch(self._on_panic, self._after_panic)
             self.console = Console(self.serial, output=output, watch=self._watch)
             self._attach(machine, irqchip)
