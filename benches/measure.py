@@ -25,6 +25,10 @@ class BenchError(Exception):
     """A bench could not run, or the work it timed was not the work it meant to time."""
 
 
+class NotHere(BenchError):
+    """This machine lacks what a bench needs; the message says what."""
+
+
 @dataclass(frozen=True)
 class Goal:
     """The most that a figure may be.

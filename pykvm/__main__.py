@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pykvm.cli.main import main
+from pykvm.cli.quick import main
 
 if __name__ == "__main__":
     main()

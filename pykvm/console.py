@@ -11,14 +11,15 @@ import select
 import threading
 import time
 
-from pykvm.devices.transcript import TRANSCRIPT_BYTES, ExpectError, Transcript
+from pykvm.devices.transcript import LINE_SHOWN, TRANSCRIPT_BYTES, ExpectError, Transcript, readable
 
-__all__ = ["TRANSCRIPT_BYTES", "Console", "ExpectError"]
+__all__ = ["LINE_SHOWN", "TRANSCRIPT_BYTES", "Console", "ExpectError", "readable"]
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import re
     from collections.abc import Callable
-    from typing import Any, Protocol
+    from typing import Protocol
 
     class Serial(Protocol):
         """What a console needs of the UART below."""
@@ -81,7 +82,7 @@ class Console:
         return self._transcript.kept
 
     def lines(self, count: int = 10) -> list[str]:
-        """The last lines of the transcript, decoded for reading."""
+        """The last lines of the transcript, for reading: none too long, no control characters."""
         return self._transcript.lines(count)
 
     def write(self, data: bytes) -> None:
@@ -94,7 +95,7 @@ class Console:
         """A BREAK on the line: Linux takes the next key as a magic SysRq."""
         self._serial.send_break()
 
-    def expect(self, pattern: Any, timeout: float | None = None) -> bytes:
+    def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
         """Wait until the guest prints ``pattern``, looking from where the last match ended.
 
         Args:

@@ -14,7 +14,7 @@ from pykvm import boot as loaders
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc as places
 from pykvm.arch.x86_64.acpi import build_acpi
-from pykvm.console import Console
+from pykvm.console import Console, readable
 from pykvm.devices.cmos import Cmos
 from pykvm.devices.i8042 import I8042
 from pykvm.devices.pci_none import PciNone
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.machine import Machine
     from pykvm.symbols import Symbols
+
+UNREAD_BYTES = 1 << 20
+"""Of the console; a guest that prints more waits for its reader."""
 
 PANIC = b"Kernel panic - not syncing"
 PANIC_END = b"---[ end Kernel panic"
@@ -62,7 +65,7 @@ class PanicWatch:
         self._line = bytearray(rest[-512:])
         for line in lines:
             if PANIC in line and not self.message:
-                self.message = line.decode("utf-8", "replace").strip()
+                self.message = readable(line.strip())
                 self._panicked(self.message)
             elif PANIC_END in line and self.message:
                 self._ended()
@@ -89,11 +92,12 @@ class Pc:
         self.system_map: str | os.PathLike[str] | None = None
         self._symbols: Symbols | None = None
         self._grace: threading.Timer | None = None
+        self._keeper: threading.Thread | None = None
         self._irq = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         try:
             irqchip.wire_as_pc()
             irqchip.connect(self._irq, places.COM1_GSI)
-            self.serial = Serial(irq=self._irq, flow_control=True)
+            self.serial = Serial(irq=self._irq, flow_control=True, keep=UNREAD_BYTES, wait=True)
             self._watch = PanicWatch(self._on_panic, self._after_panic)
             self.console = Console(self.serial, output=output, watch=self._watch)
             self._attach(machine, irqchip)
@@ -153,10 +157,24 @@ class Pc:
     def run_begins(self) -> None:
         """The console is pumped while the machine runs."""
         self.console.start()
+        if self.plan is not None and self.plan.to_keep is not None:
+            self._keeper = threading.Thread(target=self._keep, args=(self.plan,), daemon=True)
+            self._keeper.start()
+
+    def _keep(self, plan: BootPlan) -> None:
+        """Write the unpacked kernel into the cache, behind everything else that wants to run."""
+        from contextlib import suppress
+
+        with suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # of this thread only
+        plan.keep()
 
     def run_ended(self) -> None:
-        """Everything that was printed is in the transcript now."""
+        """Everything that was printed is in the transcript now, and the kernel in the cache."""
         self.console.stop()
+        if self._keeper is not None:
+            self._keeper.join()
+            self._keeper = None
         if self._grace is not None:
             self._grace.cancel()
             self._grace.join()
@@ -241,6 +259,7 @@ def boot(
             kaslr=kaslr,
             cache=cache,
             rsdp_gpa=acpi.rsdp,
+            keep_later=True,  # while the guest runs
         )
         if machine.memory.covers(acpi.base, len(acpi.blob)):
             acpi.write(machine.memory)

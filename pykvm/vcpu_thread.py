@@ -8,6 +8,7 @@ handler is then given to it by ``csrc/dispatch.c``, everything else comes back t
 from __future__ import annotations
 
 import errno
+import time
 from _thread import get_ident
 
 from pykvm import result as reasons
@@ -224,6 +225,7 @@ class Runner:
             claim = self._claim()
             if claim is not None and claim.drains:
                 self._call(lock, claim.device.drain)
+                return self._cut_short()  # C comes to look only once there is room
             return None  # else it was released meanwhile, and C finds who serves it now
         if outcome == lib.PYKVM_UNCLAIMED:
             return End(reasons.UNCLAIMED, self.access())
@@ -235,6 +237,15 @@ class Runner:
                 return End(reasons.FAILED_ENTRY)  # the state handed in was refused
             ioctl.fail(self.vcpu, "KVM_RUN", c.error)
         return End(_OUTCOMES[outcome])
+
+    def _cut_short(self) -> End | None:
+        """Whether the run is to end though the guest was not entered."""
+        c = self.c
+        if c.stop:
+            return End(reasons.STOPPED)
+        if time.clock_gettime_ns(time.CLOCK_MONOTONIC) >= c.deadline:
+            return End(reasons.TIMEOUT)
+        return None
 
     def _exit(self, lock: Any) -> End | None:
         from pykvm.kvm.exits import decode

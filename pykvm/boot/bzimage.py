@@ -168,7 +168,8 @@ def unpacked(job: Job, image: BzImage, required: bool) -> Image | None:
     alias = cache.identity(status) if status is not None else ""
     digest = ""
     kernel = store.find(alias)
-    if kernel is None and name and store.folder is not None:
+    known_by_file = alias and name in unpack.QUICK  # to unpack it takes no longer than a digest
+    if kernel is None and name and store.folder is not None and not known_by_file:
         digest = cache.digest(image.payload)
         kernel = store.find(digest)
         if kernel is not None:
@@ -191,15 +192,17 @@ def unpacked(job: Job, image: BzImage, required: bool) -> Image | None:
     parsed = elf.parse(unpack.unpack(image.payload, name, size))
     kernel = from_elf(parsed, pvh.find_entry(parsed))
     job.lap("unpack")
-    if digest:
-        plan.to_keep = lambda: _keep(job, digest, kernel, alias)
+    if store.folder is not None:
+        plan.to_keep = lambda: _keep(job, digest or cache.digest(image.payload), kernel, alias)
     return kernel
 
 
 def _keep(job: Job, digest: str, kernel: Image, alias: str) -> None:
     """Store a kernel, and note it if that cannot be done."""
     job.skip()
-    if not job.cache.store(digest, kernel, alias):
+    if job.cache.find(digest) is not None:  # of another file, or by another process meanwhile
+        job.cache.link(alias, digest)
+    elif not job.cache.store(digest, kernel, alias):
         reason = f"{job.cache.folder} cannot be written"
         job.plan.notes.append(f"the unpacked kernel was not kept: {reason}")
     job.lap("store")

@@ -2,6 +2,7 @@
 
 ::
 
+    0x00000400  two words of the BIOS data area, for multiboot kernels
     0x00000500  the processor's tables and first stack (``arch.x86_64.layout``), up to 0x8000
     0x00010000  what the loader tells the kernel: Linux's zero page, multiboot's info block
     0x00011000  PVH's hvm_start_info with its lists
@@ -27,6 +28,13 @@ PAGE = 0x1000
 
 CPU_TABLES = 0
 """What ``cpu.enter(tables=…)`` gets as a rule; the block itself begins 0x500 above."""
+
+BIOS_DATA, BIOS_DATA_SIZE = 0x400, 0x100
+"""A PC's BIOS keeps its variables here. Of all of them, multiboot kernels are given two words."""
+BDA_EBDA = 0x40E
+"""The segment of the EBDA."""
+BDA_MEMORY = 0x413
+"""KiB of conventional memory. Xen puts its trampoline at the end of that, and has no other word."""
 
 ZERO_PAGE = 0x10000
 """struct boot_params, one page. Linux copies it before it touches anything else."""

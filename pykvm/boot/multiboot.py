@@ -117,6 +117,7 @@ def start(job: Job, kernel: Image) -> None:
         placement.claim(cpu.GDT, cpu.END - cpu.GDT, "the processor's tables")
     else:
         plan.tables = placement.lowest(cpu.END, "the processor's tables", layout.PAGE)
+    _put_bios_data(job)
     for module in job.modules:
         size = max(len(module.data), 1)
         gpa = placement.highest(size, "a module", start=layout.HIGH_MEMORY)
@@ -139,6 +140,17 @@ def start(job: Job, kernel: Image) -> None:
     plan.info_gpa = gpa
     plan.registers = {"rax": BOOTLOADER_MAGIC, "rbx": gpa}
     plan.kernel = kernel.start, kernel.end - kernel.start
+
+
+def _put_bios_data(job: Job) -> None:
+    """Say where conventional memory ends, to kernels that ask the BIOS data area (see layout)."""
+    from pykvm.boot.e820 import ram_below
+
+    whole = ram_below(job.plan.e820, 0) >= layout.EBDA
+    if whole and job.placement.is_free(layout.BIOS_DATA, layout.BIOS_DATA_SIZE):
+        job.placement.claim(layout.BIOS_DATA, layout.BIOS_DATA_SIZE, "the BIOS data area")
+        job.placement.put(layout.BDA_EBDA, (layout.EBDA >> 4).to_bytes(2, "little"))
+        job.placement.put(layout.BDA_MEMORY, (layout.EBDA // _KIB).to_bytes(2, "little"))
 
 
 def _info(job: Job, gpa: int) -> bytes:

@@ -31,6 +31,9 @@ _MAGIC = (
     (b"\x7fELF", "elf"),
 )
 
+QUICK = ("lz4", "elf")
+"""Formats that are unpacked about as fast as a digest of them is made."""
+
 _PIECE = 1 << 16
 _MEMORY = 256 << 20
 """What a decoder may take for itself. Linux's windows are 128 MiB at most (zstd -22)."""

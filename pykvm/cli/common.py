@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -12,6 +10,7 @@ from pykvm.errors import PykvmError
 from pykvm.memory.units import parse_size
 
 from . import exitcodes
+from .failures import message, settle_output
 
 if TYPE_CHECKING:
     from typing import Any
@@ -51,33 +50,13 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             raise click.exceptions.Exit(exitcodes.INTERRUPTED) from None
         except BrokenPipeError:
-            _settle_output()
+            settle_output()
             raise click.exceptions.Exit(exitcodes.BROKEN_PIPE) from None
         except (PykvmError, LookupError, OSError) as error:
-            _settle_output()
+            settle_output()
             if ctx.meta.get(_DEBUG) or isinstance(error, (KeyError, IndexError)):
                 raise
-            raise Failure(_message(error)) from error
-
-
-def _message(error: Exception) -> str:
-    """What went wrong, with the name of the file if it is about one."""
-    if isinstance(error, OSError) and not isinstance(error, PykvmError):
-        reason = error.strerror or str(error)
-        return f"{error.filename}: {reason}" if error.filename else reason
-    return str(error)
-
-
-def _settle_output() -> None:
-    """Let what cannot be written go nowhere: the interpreter would stumble over it at its end."""
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            raise Failure(message(error)) from error
 
 
 def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:

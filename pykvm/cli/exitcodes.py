@@ -6,10 +6,9 @@ are the codes that shells and timeout(1) give a meaning to; the guest's own code
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from pykvm import result as reasons
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.result import RunResult
 

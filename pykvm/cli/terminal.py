@@ -11,8 +11,8 @@ import select
 import termios
 import threading
 import tty
-from typing import TYPE_CHECKING
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from types import TracebackType

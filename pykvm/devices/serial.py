@@ -7,6 +7,7 @@ Python; Python has the two ends: what the guest sent, and what it is to receive.
 from __future__ import annotations
 
 import os
+import time
 
 from pykvm._abi import ffi, lib
 from pykvm.devices import KEEP_BYTES
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 LENGTH = 8
 """Registers, one byte each."""
+
+MOMENT = 0.005
+"""Seconds between two looks for room."""
 
 _BREAK = 0x10
 """The break bit of LSR (PC16550D, table II), which comes with a zero byte."""
@@ -47,6 +51,8 @@ class Serial(RingDevice):
         flow_control: input waits until the guest raises RTS, as drivers do when the port is opened.
             With Linux no byte is lost then, however early it was written: opening reads the data
             register twice to clear it.
+        wait: with ``keep`` bytes unread the guest waits until somebody reads, instead of the run
+            ending. A stop or a timeout ends the waiting.
 
     The MCR's OUT2 bit, which has to be set on a PC for interrupts to pass, is not looked at.
 
@@ -62,6 +68,7 @@ class Serial(RingDevice):
         capacity: int = 4096,
         input_capacity: int = 65536,
         flow_control: bool = False,
+        wait: bool = False,
     ) -> None:
         if input_capacity < 16 or input_capacity & (input_capacity - 1):
             raise ValueError(
@@ -72,6 +79,7 @@ class Serial(RingDevice):
         super().__init__("uint8_t", capacity, sink, keep)
         self._claims: list[Claim] = []
         self._consumed = -1
+        self._wait = wait
         self._input = ffi.new("uint16_t[]", input_capacity)
         self.c = ffi.new("struct pykvm_uart *")
         self.c.irq = -1 if irq is None else irq
@@ -93,6 +101,15 @@ class Serial(RingDevice):
     def read(self) -> bytes:
         """Everything that the guest has written and that was not read yet."""
         return self._take()
+
+    def drain(self, at_end: bool = False) -> None:
+        """As for any output; or, with ``wait``, return without room for more after a moment."""
+        with self._lock:
+            full = self._wait and self.sink is None and len(self._kept) >= self._keep
+            if not full:
+                super().drain(at_end)
+        if full and not at_end:
+            time.sleep(MOMENT)  # the vCPU's thread tries again, and looks whether it is to end
 
     # ---- to the guest --------------------------------------------------------------------------
 

@@ -9,10 +9,24 @@ from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any
+    import re
 
 TRANSCRIPT_BYTES = 1 << 20
 """How much of the guest's output is kept, by default."""
+
+LINE_BYTES = 4096
+LINE_SHOWN = 400
+"""Of a line that is shown to somebody, at most."""
+
+
+def readable(line: bytes) -> str:
+    """A line of the guest's for our own messages: decoded, cut, and nothing that moves a cursor.
+
+    A guest may print anything, and a terminal does what escape sequences tell it.
+    """
+    text = line[:LINE_BYTES].decode("utf-8", "replace").rstrip().expandtabs()
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:LINE_SHOWN])
+    return shown + "…" * (len(text) > LINE_SHOWN)
 
 
 class ExpectError(PykvmError):
@@ -74,10 +88,11 @@ class Transcript:
         return bytes(self._kept[max(len(self._kept) - (self._total - number), 0) :])
 
     def lines(self, count: int = 10) -> list[str]:
-        """The last lines, decoded for reading."""
-        return self.kept.decode("utf-8", "replace").splitlines()[-count:]
+        """The last lines, for reading: see :func:`readable`."""
+        end = self.kept[-count * LINE_BYTES :]
+        return [readable(line) for line in end.splitlines()[-count:]]
 
-    def expect(self, pattern: Any, timeout: float | None = None) -> bytes:
+    def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
         """Wait until ``pattern`` comes, looking from where the last match ended.
 
         Args:
@@ -90,7 +105,7 @@ class Transcript:
         Raises:
             ExpectError: the time is over, or the run ended first; with what was there instead.
         """
-        find = pattern.search if hasattr(pattern, "search") else None
+        find = None if isinstance(pattern, bytes) else pattern.search
         deadline = None if timeout is None else time.monotonic() + timeout
         with self._change:
             while True:
@@ -99,6 +114,7 @@ class Transcript:
                     match = find(fresh)
                     end = match.end() if match else -1
                 else:
+                    assert isinstance(pattern, bytes)
                     at = fresh.find(pattern)
                     end = at + len(pattern) if at >= 0 else -1
                 if end >= 0:

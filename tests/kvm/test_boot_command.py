@@ -111,32 +111,6 @@ def test_an_image_that_is_none_is_the_hosts_error(boot: Boot) -> None:
     assert done.err.startswith("pykvm: ")
 
 
-@pytest.mark.parametrize(
-    ("number", "reason", "code"),
-    [
-        (signal.SIGINT, reasons.INTERRUPTED, 130),
-        (signal.SIGTERM, reasons.TERMINATED, 143),
-        (signal.SIGHUP, reasons.TERMINATED, 129),
-    ],
-)
-def test_a_signal_ends_it_and_says_where_the_guest_was(
-    start: Start, number: int, reason: str, code: int
-) -> None:
-    text = tiny_kernel.PRINT.format("up\\n") + tiny_kernel.ENDS["timeout"]
-    process = start(tiny_kernel.elf(text))
-    assert process.stdout is not None
-    assert process.stdout.readline() == b"up\n"
-    process.send_signal(number)
-    began = time.monotonic()
-    _, err = process.communicate(timeout=60)
-    print(f"{reason} after {time.monotonic() - began:.3f} s")
-    assert process.returncode == code, err.decode()
-    assert f"pykvm: kernel: {reason} after ".encode() in err
-    assert b"cpu 0 running at rip 0x2000" in err
-    assert b"  | up" in err
-    assert b"Traceback" not in err
-
-
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_reader_that_never_reads_does_not_keep_it(start: Start, number: int, code: int) -> None:
     """The pipe is full and the console's thread waits for room in it: the signal still ends it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from pykvm import result as reasons
 from pykvm.cli import exitcodes
 from tests.support import tiny_kernel
 
@@ -98,7 +100,7 @@ def test_it_is_raw_while_the_guest_runs_and_lines_are_whole(
     session: Callable[..., Session],
 ) -> None:
     s = session()
-    assert s.read(b"ready") == b"ready\r\n"  # the guest's line feed goes to the line's start
+    assert s.read(b"\n") == b"ready\r\n"  # the guest's line feed goes to the line's start
     now = s.now()
     assert not now[LFLAG] & (termios.ICANON | termios.ECHO | termios.ISIG)
     assert not now[IFLAG] & (termios.ICRNL | termios.IXON)
@@ -126,21 +128,28 @@ def test_ctrl_a_is_ours(session: Callable[..., Session]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code"),
+    ("number", "reason", "code"),
     [
-        (signal.SIGTERM, exitcodes.TERMINATED),
-        (signal.SIGINT, exitcodes.INTERRUPTED),
-        (signal.SIGHUP, exitcodes.HANGUP),
+        (signal.SIGINT, reasons.INTERRUPTED, 130),
+        (signal.SIGTERM, reasons.TERMINATED, 143),
+        (signal.SIGHUP, reasons.TERMINATED, 129),
     ],
 )
-def test_a_signal_leaves_the_terminal_as_it_was(
-    session: Callable[..., Session], number: int, code: int
+def test_a_signal_ends_it_says_where_the_guest_was_and_leaves_the_terminal_as_it_was(
+    session: Callable[..., Session], number: int, reason: str, code: int
 ) -> None:
     s = session()
     s.read(b"ready\r\n")
     s.process.send_signal(number)
+    began = time.monotonic()
     assert s.wait() == code
+    print(f"{reason}: ended after {time.monotonic() - began:.3f} s")
     assert s.now() == s.settings
+    told = s.shown.decode()
+    assert f"\r\npykvm: kernel: {reason} after " in told
+    assert re.search(r"cpu 0 running at rip 0x200[0-9a-f]{3} IF=0", told)
+    assert "  | ready" in told
+    assert "Traceback" not in told
 
 
 def test_an_exception_leaves_the_terminal_as_it_was(session: Callable[..., Session]) -> None:

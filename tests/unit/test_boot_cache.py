@@ -137,6 +137,40 @@ def test_a_file_that_did_not_change_is_not_even_read(
     assert plan.cache_hit and ram[PREF : PREF + len(CODE)] == CODE
 
 
+def test_what_is_unpacked_quickly_is_not_digested_before(
+    folder: Path, kernel: Path, monkeypatch: pytest.MonkeyPatch, unpackings: list[str]
+) -> None:
+    order: list[str] = []
+    real = caching.digest
+
+    def digest(payload: memoryview) -> str:
+        order.append("digest")
+        return real(payload)
+
+    monkeypatch.setattr(caching, "digest", digest)
+    kernel.write_bytes(bzimage(packed="elf"))
+    plan, before = load(kernel, folder, keep_later=True)
+    assert order == [] and unpackings == ["elf"] and plan.cache_hit is False
+    plan.keep()
+    assert order == ["digest"] and len(entries(folder)) == 1
+    plan, after = load(kernel, folder)
+    assert plan.cache_hit and order == ["digest"] and after == before
+
+
+def test_a_copy_of_such_a_file_leads_to_the_entry_that_is_there(
+    folder: Path, kernel: Path, tmp_path: Path
+) -> None:
+    kernel.write_bytes(bzimage(packed="elf"))
+    load(kernel, folder)
+    (entry,) = entries(folder)
+    made = entry.stat()
+    copy = tmp_path / "copy"
+    copy.write_bytes(kernel.read_bytes())
+    load(copy, folder)
+    assert entries(folder) == [entry] and entry.stat().st_ino == made.st_ino
+    assert load(copy, folder)[0].cache_hit
+
+
 def test_a_file_that_changed_is_read_again(folder: Path, kernel: Path, tmp_path: Path) -> None:
     load(kernel, folder)
     changed = bytearray(vmlinux())

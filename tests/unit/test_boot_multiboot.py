@@ -57,6 +57,27 @@ def test_an_elf_image_is_loaded_by_p_paddr_with_its_bss_zeroed(mem: GuestMemory,
     assert plan.elf is not None and plan.symbols == {}
 
 
+def test_the_bios_data_area_says_where_conventional_memory_ends(mem: GuestMemory) -> None:
+    """Xen takes the room for its trampoline from there, and from 4 GiB down where it reads 0."""
+    load(mem, kernel())
+    assert mem.read(0x413, 2) == (639).to_bytes(2, "little")
+    assert mem.read(0x40E, 2) == (0x9FC0).to_bytes(2, "little")
+    assert mem.read(0x400, 0x100).count(0) == 0x100 - 4
+
+
+def test_a_kernel_that_is_linked_over_the_bios_data_area_has_it_to_itself(
+    mem: GuestMemory,
+) -> None:
+    load(mem, kernel(base=0, size=0x3000))
+    assert mem[12 : 12 + len(CODE)] == CODE
+
+
+def test_with_less_than_640_kib_there_is_no_bios_data_area() -> None:
+    with GuestMemory(0x80000) as small:
+        load(small, kernel(base=0x40000))
+        assert small.read(0x400, 0x100) == bytes(0x100)
+
+
 def test_the_info_block_says_what_there_is(mem: GuestMemory, tmp_path: Path) -> None:
     path = tmp_path / "msr.flat"
     path.write_bytes(kernel())

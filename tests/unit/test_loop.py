@@ -20,6 +20,7 @@ from pykvm._abi import lib
 from pykvm.devices import ring
 from pykvm.devices.access import MmioAccess, PioAccess
 from pykvm.devices.ring import Fifo, RingFullError
+from pykvm.devices.serial import Serial
 from pykvm.errors import BusyError, KvmError
 from pykvm.vcpu_thread import NEVER, End
 from tests.support.fake_vcpu import HLT, FakeRun, error, mmio, other, pio
@@ -662,3 +663,43 @@ def test_an_eventfd_stays_open_as_long_as_a_loop_may_write_to_it() -> None:
     fake.pio.close()
     with pytest.raises(OSError):
         os.fstat(number)
+
+
+# ---- output that nobody reads ------------------------------------------------------------------
+
+
+def flood() -> tuple[FakeRun, Serial]:
+    """A guest that prints for ever to a port with room for little, whose reader it waits for."""
+    fake = FakeRun(pio(0x3F8, b"abcdefgh"))
+    serial = Serial(capacity=16, keep=16, wait=True)
+    serial.attach(fake.pio, 0x3F8)
+    return fake, serial
+
+
+def test_a_guest_waits_for_the_reader_of_its_console_until_the_deadline() -> None:
+    fake, serial = flood()
+    for _ in range(2):
+        assert run(fake, seconds=0.05).reason == reasons.TIMEOUT
+        assert serial.read() == b"abcdefgh" * 4
+
+
+def test_a_guest_that_waits_for_its_reader_is_stopped() -> None:
+    fake, _ = flood()
+    timer = threading.Timer(0.03, fake.runner.stop)
+    timer.start()
+    assert run(fake).reason == reasons.STOPPED
+    timer.join()
+
+
+def test_a_slow_reader_gets_everything() -> None:
+    fake, serial = flood()
+    got = bytearray()
+    with ThreadPoolExecutor(1) as other_thread:
+        running = other_thread.submit(run, fake, None, 60)
+        while len(got) < 200:
+            got += serial.read()
+            time.sleep(0.002)
+        fake.runner.stop()
+        assert running.result().reason == reasons.STOPPED
+    got += serial.read()
+    assert bytes(got[:200]) == b"abcdefgh" * 25

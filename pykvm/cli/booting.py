@@ -1,0 +1,284 @@
+"""What ``pykvm boot`` does, once its command line has been read.
+
+Without click, and so without half of what a command's start would cost: see ``quick.py``.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+import threading
+import time
+
+from pykvm import result as reasons
+
+from . import exitcodes
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from pykvm.devices.disk.spec import DiskSpec
+    from pykvm.machine import Machine
+    from pykvm.result import RunResult
+
+DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
+"""A console that is seen, and a panic that ends the run instead of waiting for somebody."""
+
+DOUBT_AFTER = 1.0
+"""Seconds after which a kernel that still runs makes us ask whether this KVM can run it at all."""
+DOUBT_LATER = 4.0
+"""Seconds more for one that has used a port by then."""
+
+
+class UsageProblem(Exception):
+    """The command line asks for what cannot be; nothing has been done."""
+
+
+def boot(
+    kernel: str,
+    *,
+    initrd: str | None,
+    append: str,
+    memory: int,
+    cpus: int,
+    cpu_features: str,
+    protocol: str,
+    irqchip: str,
+    test_devices: bool,
+    kaslr: bool,
+    no_cache: bool,
+    system_map: str | None,
+    timeout: float | None,
+    force: bool,
+    verbose: bool,
+    device: str,
+    as_json: bool,
+    disks: Iterable[DiskSpec] = (),
+) -> int:
+    """Boot a kernel, and tell how it ended.
+
+    Args: as the command's options are.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        UsageProblem: before anything was done.
+    """
+    from pykvm.machine import Machine
+
+    from .signals import EndingSignals
+    from .terminal import Terminal
+
+    began = time.monotonic()
+    output = _Output(None if as_json else sys.stdout.fileno())
+    try:
+        m = Machine(
+            memory,
+            cpus=cpus,
+            irqchip=irqchip,
+            pit=irqchip == "kernel",
+            features=cpu_features,
+            path=device,
+        )
+    except ValueError as error:
+        raise UsageProblem(str(error)) from error
+    with m:
+        for disk in disks:
+            m.disk(disk)
+        plan = m.boot(
+            kernel,
+            initrd=initrd,
+            cmdline=append,
+            protocol=protocol,
+            kaslr=kaslr,
+            cache=not no_cache,
+            system_map=system_map,
+            output=output,
+        )
+        if test_devices:
+            m.test_devices()
+        noted = len(plan.notes)
+        if verbose:
+            for line in [repr(plan), *plan.notes]:
+                _say(f"pykvm: {line}")
+            _say(f"pykvm: ready after {time.monotonic() - began:.3f} s")
+        output.on_error = m.stop
+        commands = {b"x": lambda: m.stop(reasons.INTERRUPTED), b"b": m.console.send_break}
+        with (
+            EndingSignals(m, output.give_up),
+            Terminal(m.console.write, commands),
+            _Doubt(m, force),
+        ):
+            result = m.run(timeout)
+        panic, lines = m.pc.panic if m.pc is not None else "", m.console.lines(10)
+    code = exitcodes.exit_code(result, as_qemu=test_devices)
+    if output.error is not None:
+        raise output.error
+    if as_json:
+        import json
+
+        told = _describe(kernel, result, code, panic, b"".join(output.kept))
+        print(json.dumps(told, indent=2), flush=True)
+    else:
+        output.close_line()
+        _tell(kernel, result, panic, lines, verbose)
+        for note in plan.notes[noted:] if verbose else ():
+            _say(f"pykvm: {note}")
+    return code
+
+
+def _say(text: str = "") -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Doubt:
+    """For the length of a ``with``: ends the run of a kernel that can never get anywhere here.
+
+    Not if ``force`` is set, and not at once: most kernels have booted before anybody asks, and
+    asking takes a guest of its own. Nor soon where the kernel has come to use a port: it would only
+    be slowed down.
+    """
+
+    def __init__(self, machine: Machine, force: bool) -> None:
+        self._machine = machine
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+        if not force and machine.pc is not None and machine.pc.is_linux:
+            self._thread = threading.Thread(target=self._ask, name="doubt", daemon=True)
+
+    def _ask(self) -> None:
+        if self._over.wait(DOUBT_AFTER):
+            return
+        if any(claim.hits for claim in self._machine.pio) and self._over.wait(DOUBT_LATER):
+            return
+        from pykvm.suitability import ring0_is_emulated
+
+        if ring0_is_emulated(self._machine.kvm.path):
+            self._machine.stop(reasons.UNSUPPORTED)
+
+    def __enter__(self) -> None:
+        if self._thread is not None:
+            self._thread.start()
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        if self._thread is not None:
+            self._thread.join()
+
+
+class _Output:
+    """Standard output as it comes, or kept for JSON. What fails is told at the end.
+
+    Attributes:
+        kept: what came, for JSON.
+        error: why nothing more can be written, or None.
+        on_error: called when that happens.
+    """
+
+    PIECE = 4096
+    """PIPE_BUF: a pipe that select() finds writable takes so much without blocking (pipe(7))."""
+    PATIENCE = 0.2
+    """Seconds that a reader still has after give_up()."""
+
+    def __init__(self, fd: int | None) -> None:
+        self._fd = fd
+        self._last = b""
+        self._given_up = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
+        self.kept: list[bytes] = []
+        self.error: OSError | None = None
+        self.on_error: Callable[[], object] = lambda: None
+
+    def __call__(self, data: bytes) -> None:
+        self._last = data[-1:]
+        if self._fd is None:
+            self.kept.append(data)
+            return
+        while data and self.error is None:
+            try:
+                if not self._ready(self._fd):
+                    return
+                data = data[os.write(self._fd, data[: self.PIECE]) :]
+            except BlockingIOError:
+                pass  # somebody else made it so, and wrote in between
+            except OSError as error:
+                self.error = error
+                self.on_error()
+
+    def _ready(self, fd: int) -> bool:
+        """Wait until it can be written to; False if nobody waits for that any longer."""
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        if not self._given_up:
+            poll.register(self._wake, select.POLLIN)
+            if any(ready == fd for ready, _ in poll.poll()):
+                return True
+            poll.unregister(self._wake)
+        return bool(poll.poll(self.PATIENCE * 1000))
+
+    def give_up(self) -> None:
+        """Wait no longer for a reader that does not read. Safe in a signal's handler."""
+        self._given_up = True
+        os.eventfd_write(self._wake, 1)
+
+    def close_line(self) -> None:
+        """On a terminal, keep our closing line apart from a last line that has no end."""
+        if self._last not in (b"", b"\n") and sys.stdout.isatty():
+            _say()
+
+
+def _tell(kernel: str, result: RunResult, panic: str, lines: list[str], verbose: bool) -> None:
+    name = os.path.basename(kernel)
+    code = "" if result.reason != reasons.DEBUG_EXIT else f" {result.code}"
+    _say(f"pykvm: {name}: {result.reason}{code} after {result.seconds:.3g} s")
+    if panic:
+        _say(f"  {panic}")
+    if result.advice and result.reason not in _EXPLAINED:
+        _say(f"  {result.advice}")
+    for cpu in result.cpus:
+        _say(f"  {cpu!r}")
+    if result.reason in reasons.WATCHED and lines:
+        _say("  the console's last lines:")
+        for line in lines:
+            _say(f"  | {line}")
+    if result.reason in _EXPLAINED:
+        _say(str(result.error))
+    if verbose:
+        phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
+        _say(f"pykvm: {phases}; {result.exits} exits")
+
+
+_EXPLAINED = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
+
+
+def _describe(
+    kernel: str, result: RunResult, exit_code: int, panic: str, console: bytes
+) -> dict[str, Any]:
+    return {
+        "kernel": kernel,
+        "reason": result.reason,
+        "code": result.code,
+        "exit_code": exit_code,
+        "panic": panic,
+        "advice": result.advice,
+        "exits": result.exits,
+        "seconds": result.seconds,
+        "timings": result.timings,
+        "cpus": [
+            {
+                "index": cpu.index,
+                "rip": cpu.rip,
+                "symbol": cpu.symbol,
+                "halted": cpu.halted,
+                "interrupts": cpu.interrupts,
+            }
+            for cpu in result.cpus
+        ],
+        "devices": result.devices,
+        "error": None if result.error is None else str(result.error),
+        "console": console.decode("utf-8", "surrogateescape"),
+    }
