@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 REGS: int = lib.KVM_SYNC_X86_REGS
 SREGS: int = lib.KVM_SYNC_X86_SREGS
+_NOT_STARTED = (lib.KVM_MP_STATE_UNINITIALIZED, lib.KVM_MP_STATE_INIT_RECEIVED)
 
 
 class Cpu(GeneralRegisters):
@@ -312,9 +313,13 @@ class Cpu(GeneralRegisters):
     def state(self, halted: bool = False) -> CpuState:
         """Where the vCPU is, for a result. ``halted``: it is known to have executed HLT."""
         regs = self.load_regs()
+        waiting = False
         if not halted and not (halted := self._runner.halted):
-            halted = self._vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED
-        return CpuState(self.index, regs.rip, self.code(), halted, bool(regs.rflags & 1 << 9))
+            state = self._vcpu.get_mp_state()
+            halted = state == lib.KVM_MP_STATE_HALTED
+            waiting = state in _NOT_STARTED
+        interrupts = bool(regs.rflags & 1 << 9)
+        return CpuState(self.index, regs.rip, self.code(), halted, interrupts, waiting=waiting)
 
     def __repr__(self) -> str:
         return (

@@ -65,9 +65,10 @@ class CpuState:
         halted: True if it sits in HLT.
         interrupts: the state of RFLAGS.IF; a halted vCPU without it never wakes again.
         symbol: name and offset of the kernel's symbol there, or "".
+        waiting: True if nobody has started it yet (it waits for INIT or the start-up IPI).
     """
 
-    __slots__ = ("code", "halted", "index", "interrupts", "rip", "symbol")
+    __slots__ = ("code", "halted", "index", "interrupts", "rip", "symbol", "waiting")
 
     def __init__(
         self,
@@ -77,6 +78,7 @@ class CpuState:
         halted: bool,
         interrupts: bool,
         symbol: str = "",
+        waiting: bool = False,
     ) -> None:
         self.index = index
         self.rip = rip
@@ -84,8 +86,11 @@ class CpuState:
         self.halted = halted
         self.interrupts = interrupts
         self.symbol = symbol
+        self.waiting = waiting
 
     def __repr__(self) -> str:
+        if self.waiting:
+            return f"cpu {self.index} not started: it waits for its start-up IPI"
         doing = "halted" if self.halted else "running"
         flag = "IF=1" if self.interrupts else "IF=0"
         where = f" <{self.symbol}>" if self.symbol else ""

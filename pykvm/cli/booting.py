@@ -274,6 +274,7 @@ def _describe(
                 "rip": cpu.rip,
                 "symbol": cpu.symbol,
                 "halted": cpu.halted,
+                "waiting": cpu.waiting,
                 "interrupts": cpu.interrupts,
             }
             for cpu in result.cpus

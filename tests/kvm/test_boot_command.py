@@ -182,6 +182,12 @@ def test_a_halt_with_interrupts_off_is_told(boot: Boot) -> None:
     assert (cpu["halted"], cpu["interrupts"]) == (True, False)
 
 
+def test_a_processor_that_nobody_has_started_is_told_apart_from_one_that_runs(boot: Boot) -> None:
+    done = boot(tiny_kernel.elf(tiny_kernel.ENDS["timeout"]), "--timeout", "0.2", "--cpus", "2")
+    assert "cpu 0 running at rip 0x200000 IF=0" in done.err
+    assert "cpu 1 not started: it waits for its start-up IPI" in done.err
+
+
 def test_verbose_tells_the_phases(boot: Boot) -> None:
     text = tiny_kernel.PRINT.format("x") + tiny_kernel.POWER_OFF
     done = boot(tiny_kernel.bzimage(text), "--verbose", "--timeout", GENEROUS)
