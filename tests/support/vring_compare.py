@@ -6,18 +6,16 @@ written the same. Whatever the driver does is allowed: it is the guest.
 
 from __future__ import annotations
 
+from collections import Counter
 from random import Random
 from typing import Any
 
 from pykvm._abi import lib
 from pykvm.devices.virtio.queue import BREACHES, Chain, Queue
 from pykvm.errors import GuestError
-from pykvm.memory import GuestMemory
+from tests.support.ring_writer import RingWriter
+from tests.support.twin_memory import Mismatch, Twins
 from tests.support.vring_model import Breach, ModelChain, ModelRing
-
-RAM, ROM, ABOVE = 0x8000, 0x10000, 0x40_0000_0000
-"""RAM from 0 to RAM, in regions that adjoin at half of it; a ROM; RAM at ABOVE."""
-PAGE = 0x1000
 
 NAMES = {
     BREACHES[getattr(lib, name)]: name for name in dir(lib) if name.startswith("PYKVM_BREACH_")
@@ -25,78 +23,21 @@ NAMES = {
 """The constant's name, of what an error says."""
 
 
-class Mismatch(AssertionError):
-    """The two disagree."""
-
-
-class PlainMemory:
-    """The model's memory: byte strings, and a list of what is where."""
-
-    def __init__(self) -> None:
-        self.regions = [
-            (0, bytearray(RAM // 2), True),
-            (RAM // 2, bytearray(RAM // 2), True),
-            (ROM, bytearray(PAGE), False),
-            (ABOVE, bytearray(PAGE), True),
-        ]
-
-    def pieces(self, gpa: int, length: int) -> list[tuple[int, int]]:
-        """Split at the borders of regions; AssertionError outside all."""
-        found = []
-        while length:
-            base, data, _ = self._region(gpa)
-            piece = min(length, base + len(data) - gpa)
-            found.append((gpa, piece))
-            gpa += piece
-            length -= piece
-        return found
-
-    def _region(self, gpa: int) -> tuple[int, bytearray, bool]:
-        for base, data, writable in self.regions:
-            if base <= gpa < base + len(data):
-                return base, data, writable
-        raise AssertionError(f"{gpa:#x} is not in RAM")
-
-    def covers(self, gpa: int, length: int, writable: bool) -> bool:
-        """Whether a range is RAM, and may be written if asked."""
-        try:
-            pieces = self.pieces(gpa, length)
-        except AssertionError:
-            return False
-        return not writable or all(self._region(at)[2] for at, _ in pieces)
-
-    def read(self, gpa: int, length: int) -> bytes:
-        """Read within RAM."""
-        found = b""
-        for at, size in self.pieces(gpa, length):
-            base, data, _ = self._region(at)
-            found += data[at - base : at - base + size]
-        return bytes(found)
-
-    def write(self, gpa: int, data: bytes) -> None:
-        """Write within RAM."""
-        for at, size in self.pieces(gpa, len(data)):
-            base, there, _ = self._region(at)
-            there[at - base : at - base + size] = data[:size]
-            data = data[size:]
-
-
 class Pair:
     """Both, and a driver that knows how rings look but not what is allowed."""
 
     def __init__(self, random: Random, lib_: Any = lib) -> None:
         self.random = random
-        self.plain = PlainMemory()
-        self.memory = GuestMemory()
-        for base, data, writable in self.plain.regions:
-            self.memory.add(base, len(data), readonly=not writable)
+        self.twins = Twins()
+        self.plain, self.memory = self.twins.plain, self.twins.memory
         self.max_size = random.choice((1, 2, 4, 8, 16))
         self.queue = Queue(0, self.max_size, self.memory, lib_)
         self.model = ModelRing(self.plain, self.max_size)
         self.flying: list[tuple[Chain, ModelChain]] = []
         self.stale: list[Chain] = []
-        self.index = 0
-        self.breaches = 0
+        self.writer = RingWriter(random, self.twins, self.model)
+        self.offer, self.scribble = self.writer.offer, self.writer.scribble
+        self.breaches: Counter[str] = Counter()
         self.set_up(sane=True)
 
     # ---- what differs ----------------------------------------------------------------------------
@@ -104,12 +45,6 @@ class Pair:
     def same(self, what: str, ours: object, theirs: object) -> None:
         if ours != theirs:
             raise Mismatch(f"{what}: {ours!r}, and the model says {theirs!r}")
-
-    def check_memory(self) -> None:
-        for (base, data, _), region in zip(self.plain.regions, self.memory.regions, strict=True):
-            if region.cells(1) != data:
-                at = next(i for i, (a, b) in enumerate(zip(region.cells(1), data)) if a != b)  # noqa: B905
-                raise Mismatch(f"memory at {base + at:#x}: the model wrote another byte")
 
     def both(self, what: str, ours: Any, theirs: Any) -> tuple[Any, Any] | None:
         """Call both; None if both say that it was the same breach."""
@@ -125,29 +60,17 @@ class Pair:
             right = f"PYKVM_BREACH_{error}"
         self.same(what, left, right)
         if left:
-            self.breaches += 1
+            self.breaches[left] += 1
             return None
         return a, b
 
+    def agree(self, what: str, ours: Any, theirs: Any) -> None:
+        """Call both; they are to return the same."""
+        found = self.both(what, ours, theirs)
+        if found is not None:
+            self.same(what, *found)
+
     # ---- steps -----------------------------------------------------------------------------------
-
-    def poke(self, gpa: int, data: bytes) -> None:
-        """The guest writes; where it cannot, nothing happens."""
-        if self.plain.covers(gpa, len(data), True):
-            self.plain.write(gpa, data)
-            self.memory.write(gpa, data)
-
-    def place(self, align: int) -> int:
-        """An address: mostly one that will do."""
-        random = self.random
-        kind = random.random()
-        if kind < 0.75:
-            return random.randrange(0, RAM - 0x400) // align * align
-        if kind < 0.85:
-            return ABOVE + random.randrange(0, PAGE - 0x200) // align * align
-        borders = (RAM // 2, RAM, ROM, ROM + PAGE, ABOVE, ABOVE + PAGE, 1 << 64, 1 << 52)
-        near = random.choice(borders) + random.randrange(-64, 64)
-        return near % (1 << 64) // random.choice((1, align)) * random.choice((1, align)) % (1 << 64)
 
     def set_up(self, sane: bool = False) -> None:
         """Disable, choose another ring, enable."""
@@ -157,20 +80,8 @@ class Pair:
         self.stale += [chain for chain, _ in self.flying]
         del self.stale[:-8]
         self.flying.clear()
-        self.index = 0
-        if sane or random.random() < 0.7:
-            size, desc = self.max_size, 0x100
-            driver, device = 0x100 + 16 * size, 0x600
-            if random.random() < 0.3:  # across the border of two regions
-                desc = RAM // 2 - 16 * random.randrange(1, size + 1)
-            if random.random() < 0.3:
-                driver = RAM // 2 - 2 * random.randrange(1, size + 4)
-                desc = 0x100
-        else:
-            size = random.choice((0, 1, 2, 3, 4, 8, 16, 32, 1 << 15, 1 << 16, (1 << 32) - 1))
-            desc, driver, device = self.place(16), self.place(2), self.place(4)
-        for gpa, length in ((driver, 64), (device, 160)):
-            self.poke(gpa, bytes(length))
+        sane = sane or random.random() < 0.7
+        size, desc, driver, device = self.writer.choose(sane)
         event_idx, indirect = random.random() < 0.5, random.random() < 0.7
         model = self.model
         model.size, model.desc, model.driver, model.device = size, desc, driver, device
@@ -184,70 +95,6 @@ class Pair:
             model.enable,
         )
         self.same("ready", self.queue.ready, model.enabled)
-
-    def descriptor(self, table: int, number: int, count: int, last: bool) -> None:
-        random = self.random
-        gpa, length, flags = self.place(1), random.choice((0, 1, 16, 100, 700)), 0
-        if random.random() < 0.5:
-            flags |= 2
-        if not last:
-            flags |= 1
-        following = number + 1
-        if random.random() < 0.15:
-            following = random.randrange(0, count + 2)
-        if random.random() < 0.1:
-            flags ^= random.choice((1, 2, 3, 8, 0x8000))
-        if random.random() < 0.04:
-            length = random.choice((0xFFFFFFFF, 0x80000000, RAM, RAM + 1))
-        if random.random() < 0.1:
-            flags |= 4
-            gpa = random.choice((0x2000, 0x2001, RAM // 2 - 40, self.place(1)))
-            length = random.choice((16, 32, 48, 160, 17, 0, 16 * 1024, 16 * 1025))
-            if random.random() < 0.7:
-                flags &= ~1
-        data = gpa.to_bytes(8, "little") + length.to_bytes(4, "little")
-        data += (flags & 0xFFFF).to_bytes(2, "little") + following.to_bytes(2, "little")
-        self.poke(table + 16 * number, data)
-
-    def write_chain(self) -> int:
-        """Some descriptors in order, writable ones last as a rule; the head."""
-        random, count = self.random, self.max_size
-        head = random.randrange(count)
-        table = self.model.desc
-        if random.random() < 0.2:
-            table = random.choice((0x2000, 0x2001, RAM // 2 - 40))
-            head, count = 0, 10
-        length = random.randrange(1, 5)
-        writes = False
-        for number in range(head, min(head + length, count)):
-            last = number in (head + length - 1, count - 1)
-            if random.random() < 0.4:
-                self.descriptor(table, number, count, last)
-                continue
-            writes = writes or random.random() < 0.4
-            flags = (2 if writes else 0) | (0 if last else 1)
-            gpa, size = random.randrange(0x3000, 0x6000), random.choice((0, 1, 5, 64))
-            self.poke(
-                table + 16 * number,
-                gpa.to_bytes(8, "little")
-                + size.to_bytes(4, "little")
-                + flags.to_bytes(2, "little")
-                + (number + 1).to_bytes(2, "little"),
-            )
-        return head if table == self.model.desc else random.randrange(self.max_size)
-
-    def offer(self) -> None:
-        random, model = self.random, self.model
-        size = max(min(model.size, 32), 1)
-        head = self.write_chain()
-        if random.random() < 0.05:
-            head = random.choice((size, size - 1, 0xFFFF))
-        self.poke(model.driver + 4 + 2 * (self.index % size), head.to_bytes(2, "little"))
-        self.index += 1
-        if random.random() < 0.03:
-            self.index += random.choice((1, size, size + 1, 0x8000))
-        self.index %= 65536
-        self.poke(model.driver + 2, self.index.to_bytes(2, "little"))
 
     def pop(self) -> None:
         found = self.both("pop", self.queue.pop, self.model.pop)
@@ -278,28 +125,25 @@ class Pair:
     def push(self) -> None:
         random = self.random
         if self.stale and random.random() < 0.2:
-            self.same("a stale push", self.queue.push(random.choice(self.stale), 1), False)
+            stale = random.choice(self.stale)
+            self.agree("a stale push", lambda: self.queue.push(stale, 1), lambda: False)
         if not self.flying:
             return
         ours, theirs = self.flying.pop(random.randrange(len(self.flying)))
         written = random.choice((0, 1, ours.write_bytes)) & 0xFFFFFFFF
-        self.model.push(theirs.head, written)
-        self.same("push", self.queue.push(ours, written), True)
+        self.agree(
+            "push",
+            lambda: self.queue.push(ours, written),
+            lambda: self.model.push(theirs.head, written),
+        )
 
     def interrupt(self) -> None:
         if self.random.random() < 0.5:
             at = self.model.driver + 4 + 2 * self.model.size
             event = (self.model.used + self.random.randrange(-3, 3)) % 65536
             if self.model.enabled:
-                self.poke(at, event.to_bytes(2, "little"))
-        self.same("should_interrupt", self.queue.should_interrupt(), self.model.should_interrupt())
-
-    def scribble(self) -> None:
-        """The guest changes its mind about something in the ring, or anywhere."""
-        random, model = self.random, self.model
-        gpa = random.choice((model.desc, model.driver, model.device, 0x2000, self.place(1)))
-        data = random.randbytes(random.choice((1, 2, 8)))
-        self.poke((gpa + random.randrange(64)) % (1 << 64), data)
+                self.twins.poke(at, event.to_bytes(2, "little"))
+        self.agree("should_interrupt", self.queue.should_interrupt, self.model.should_interrupt)
 
     def step(self) -> str:
         """One step of a random kind; its name. Raises Mismatch."""
@@ -310,12 +154,12 @@ class Pair:
         names, shares = zip(*kinds, strict=True)
         name: str = self.random.choices(names, shares)[0]
         if name == "waiting":
-            self.same("has_work", self.queue.has_work(), self.model.waiting())
+            self.agree("has_work", self.queue.has_work, self.model.waiting)
         else:
             getattr(self, name)()
         self.same("in flight", self.queue.in_flight, len(self.flying))
         if name in ("pop", "push", "waiting", "interrupt"):
-            self.check_memory()
+            self.twins.check_memory()
         return name
 
     def state(self) -> tuple[object, ...]:

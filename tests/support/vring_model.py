@@ -124,12 +124,19 @@ class ModelRing:
         self.in_flight += 1
         return chain
 
+    def _descriptor(self, table: int, count: int, index: int) -> bytes:
+        """In the steps in which a device may read it, as a driver may write in between."""
+        spans = len(self.memory.pieces(table, 16 * count)) > 1 and table != self.desc
+        step = 1 if spans else 8
+        at = table + 16 * index
+        return b"".join(self.memory.read(at + n, step) for n in range(0, 16, step))
+
     def _walk(self, chain: ModelChain) -> None:
         table, count, index, steps, direct = self.desc, self.size, chain.head, 0, True
         wrote = False
         total = 0
         while True:
-            raw = self.memory.read(table + 16 * index, 16)
+            raw = self._descriptor(table, count, index)
             gpa = int.from_bytes(raw[0:8], "little")
             length = int.from_bytes(raw[8:12], "little")
             flags = int.from_bytes(raw[12:14], "little")
@@ -166,7 +173,7 @@ class ModelRing:
                 raise Breach("NEXT")
             index = following
 
-    def push(self, head: int, written: int) -> None:
+    def push(self, head: int, written: int) -> bool:
         """2.7.8."""
         at = self.device + 4 + 8 * (self.used % self.size)
         self._put(at, head, 4)
@@ -175,6 +182,7 @@ class ModelRing:
         self.in_flight -= 1
         self.pushed_since += 1
         self._put(self.device + 2, self.used, 2)
+        return True
 
     def should_interrupt(self) -> bool:
         """2.7.7.2: whether any index from the last look to now has passed used_event."""

@@ -1,0 +1,468 @@
+"""A program under KVM that fires random accesses and ring traffic at virtio devices."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from random import Random
+from typing import Any
+
+import pykvm
+from pykvm import result as reasons
+from pykvm.arch.x86_64.paging import PageTables
+from pykvm.devices.virtio.device import VirtioDevice
+from pykvm.devices.virtio.mmio import VirtioMmio
+from pykvm.virtio import Console, Rng
+
+PLAY = 0x1_8000_0000
+"""RAM for rings and buffers: so far from the program that no slip of an address reaches that."""
+PLAY_BYTES = 1 << 20
+CODE, TABLES, TABLES_END = 0x8000, 0x100000, 0x1C0000
+
+SOURCE = """
+        .equ    WINDOWS, 0xd0000000
+        .equ    SIZE, 8
+        # r15: random numbers. r14: operations left. r13: played windows. rbx: the playground.
+        # rdi: the window. r12: the index of what was made available last.
+    start:
+        movabs  rbx, PLAY
+        mov     edi, WINDOWS
+        call    init
+    loop:
+        dec     r14
+        js      finish
+        mov     rax, r14
+        and     eax, 0x7ff
+        jz      proof
+    after_proof:
+        call    next
+        mov     ecx, eax
+        and     ecx, 15
+        lea     rdx, [rip + table]
+        mov     ecx, [rdx + rcx * 4]
+        add     rcx, rdx
+        jmp     rcx
+
+        .balign 4
+    table:
+        .long descriptor - table, descriptor - table, descriptor - table, descriptor - table
+        .long offer - table, offer - table, offer - table, scribble - table
+        .long load - table, load - table, store - table, store - table
+        .long again - table, ring - table, acknowledge - table, anywhere - table
+
+    # A descriptor: the address in the playground, mostly; a short length; any flags.
+    descriptor:
+        call    next
+        mov     r8, rax
+        and     r8d, 7
+        shl     r8d, 4
+        shr     rax, 8
+        mov     ecx, eax
+        and     ecx, 0x7ffff
+        lea     rsi, [rbx + rcx]
+        mov     [rbx + r8], rsi
+        call    next
+        mov     ecx, eax
+        and     ecx, 0x3ff
+        mov     [rbx + r8 + 8], ecx
+        shr     rax, 16
+        mov     ecx, eax
+        and     ecx, 3
+        test    eax, 0x1f00
+        jnz     1f
+        or      ecx, 4
+    1:
+        mov     [rbx + r8 + 12], cx
+        shr     rax, 16
+        and     eax, 7
+        mov     [rbx + r8 + 14], ax
+        jmp     loop
+
+    # One more is made available, and the doorbell rung.
+    offer:
+        call    next
+        and     eax, 7
+        mov     ecx, r12d
+        and     ecx, SIZE - 1
+        mov     [rbx + 0x1004 + rcx * 2], ax
+        inc     r12d
+        mov     [rbx + 0x1002], r12w
+        mov     [rdi + 0x50], r13d
+        jmp     loop
+
+    # Any bytes, anywhere in the ring or the first buffers.
+    scribble:
+        call    next
+        mov     ecx, eax
+        and     ecx, 0x3fff
+        shr     rax, 20
+        test    eax, 1
+        jz      1f
+        mov     [rbx + rcx], ax
+        jmp     loop
+    1:
+        test    eax, 2
+        jz      1f
+        mov     [rbx + rcx], eax
+        jmp     loop
+    1:
+        mov     [rbx + rcx], rax
+        jmp     loop
+
+    # A load of any width from anywhere in the window.
+    load:
+        call    next
+        mov     ecx, eax
+        and     ecx, 0xff8
+        test    eax, 0x10000
+        jz      1f
+        and     ecx, 0x178
+    1:
+        mov     edx, eax
+        shr     edx, 20
+        and     edx, 7
+        add     ecx, edx
+        bt      eax, 28
+        jc      1f
+        mov     eax, [rdi + rcx]
+        jmp     loop
+    1:
+        bt      eax, 29
+        jc      1f
+        movzx   eax, byte ptr [rdi + rcx]
+        jmp     loop
+    1:
+        bt      eax, 30
+        jc      1f
+        movzx   eax, word ptr [rdi + rcx]
+        jmp     loop
+    1:
+        mov     rax, [rdi + rcx]
+        jmp     loop
+
+    # A store to a register, of a small number or of any.
+    store:
+        call    next
+        mov     ecx, eax
+        and     ecx, 0x1fc
+        shr     rax, 16
+        test    eax, 0x1000
+        jnz     1f
+        and     eax, 15
+    1:
+        mov     [rdi + rcx], eax
+        jmp     loop
+
+    # Any width, any place, any value.
+    anywhere:
+        call    next
+        mov     ecx, eax
+        and     ecx, 0xff7
+        shr     rax, 16
+        test    eax, 1
+        jz      1f
+        mov     [rdi + rcx], al
+        jmp     loop
+    1:
+        test    eax, 2
+        jz      1f
+        mov     [rdi + rcx], ax
+        jmp     loop
+    1:
+        mov     [rdi + rcx], rax
+        jmp     loop
+
+    ring:
+        call    next
+        shr     eax, 30
+        mov     [rdi + 0x50], eax
+        jmp     loop
+
+    acknowledge:
+        mov     eax, [rdi + 0x60]
+        mov     [rdi + 0x64], eax
+        mov     eax, [rdi + 0x70]
+        test    eax, 64                 # it asks for a reset: now and then it gets one
+        jz      loop
+        call    init
+        jmp     loop
+
+    # Another device, and a fresh start of it.
+    again:
+        call    next
+        mov     edi, WINDOWS
+        bt      eax, 20
+        jnc     1f
+        add     edi, 0x1000
+    1:
+        call    init
+        jmp     loop
+
+    # init: reset the device at RDI and start its queue R13D, with event indices and indirect
+    # tables if RAX says so. Its queue is 0, or 1 of the console.
+    init:
+        mov     r13d, edi
+        shr     r13d, 12
+        and     r13d, 1
+        mov     dword ptr [rdi + 0x70], 0
+        mov     dword ptr [rdi + 0x70], 1
+        mov     dword ptr [rdi + 0x70], 3
+        mov     dword ptr [rdi + 0x24], 0
+        call    next
+        and     eax, 0x30000000
+        mov     [rdi + 0x20], eax
+        mov     dword ptr [rdi + 0x24], 1
+        mov     dword ptr [rdi + 0x20], 1
+        mov     dword ptr [rdi + 0x70], 11
+        mov     [rdi + 0x30], r13d
+        mov     dword ptr [rdi + 0x38], SIZE
+        lea     rax, [rbx]
+        mov     [rdi + 0x80], eax
+        lea     rax, [rbx + 0x1000]
+        mov     [rdi + 0x90], eax
+        lea     rax, [rbx + 0x2000]
+        mov     [rdi + 0xa0], eax
+        shr     rax, 32
+        mov     [rdi + 0x84], eax
+        mov     [rdi + 0x94], eax
+        mov     [rdi + 0xa4], eax
+        mov     dword ptr [rbx + 0x1000], 0
+        mov     dword ptr [rbx + 0x1014], 0
+        mov     dword ptr [rbx + 0x2000], 0
+        xor     r12d, r12d
+        mov     dword ptr [rdi + 0x44], 1
+        mov     dword ptr [rdi + 0x70], 15
+        ret
+
+    # Whatever came before, a driver that does it right is served.
+    proof:
+        call    prove
+        jmp     after_proof
+    finish:
+        call    prove
+        xor     eax, eax
+        out     0xf4, al
+    prove:
+        mov     edi, WINDOWS
+        call    prove_one
+        mov     edi, WINDOWS + 0x1000
+    prove_one:
+        call    init
+        lea     rax, [rbx + 0x3000]
+        mov     [rbx], rax
+        mov     dword ptr [rbx + 8], 16
+        mov     eax, r13d
+        xor     eax, 1
+        shl     eax, 1                  # the first device writes, the second reads
+        mov     [rbx + 12], eax
+        mov     word ptr [rbx + 0x1004], 0
+        mov     word ptr [rbx + 0x1002], 1
+        mov     r12d, 1
+        mov     [rdi + 0x50], r13d
+        mov     ecx, PATIENCE           # a device that another thread serves takes a while
+    1:
+        cmp     word ptr [rbx + 0x2002], 1
+        je      1f
+        pause
+        dec     ecx
+        jnz     1b
+        mov     al, 1
+        out     0xf4, al
+    1:
+        mov     eax, [rdi + 0x70]
+        cmp     eax, 15
+        je      1f
+        mov     al, 2
+        out     0xf4, al
+    1:
+        ret
+
+    next:                               # xorshift64
+        mov     rax, r15
+        shl     rax, 13
+        xor     r15, rax
+        mov     rax, r15
+        shr     rax, 7
+        xor     r15, rax
+        mov     rax, r15
+        shl     rax, 17
+        xor     r15, rax
+        mov     rax, r15
+        ret
+"""
+
+FLOOD = """
+        # r14: doorbells left. The console's first queue is started; its emergency write shows that
+        # somebody is still there.
+        mov     edi, 0xd0000000
+        mov     esi, 0xd0001108
+        mov     al, '.'
+    again:
+        mov     ecx, 1000
+    1:
+        mov     dword ptr [rdi + 0x50], 0
+        dec     ecx
+        jnz     1b
+        mov     [rsi], al
+        sub     r14, 1000
+        ja      again
+        mov     al, 0
+        out     0xf4, al
+    forever:
+        jmp     forever
+"""
+
+
+class Lost(AssertionError):
+    """The guest found a device that does not work any more, or the run ended otherwise."""
+
+
+class Outcome:
+    """What a run of the program gave.
+
+    Attributes:
+        operations: how many.
+        states: distinct situations of the devices, as far as accesses reached Python.
+        counters: of each device.
+        exits: of the vCPU.
+        seconds: it took.
+    """
+
+    def __init__(self, operations: int, states: int, result: Any) -> None:
+        self.operations = operations
+        self.states = states
+        self.counters: dict[str, dict[str, Any]] = result.devices
+        self.exits: int = result.exits
+        self.seconds: float = result.seconds
+
+
+PATIENCE = {"sync": 1000, "thread": 400_000_000}
+"""How often the program looks for what it asked for: once would do, and some seconds."""
+
+
+def machine(io: str, source: str = SOURCE, output: Any = None) -> pykvm.Machine:
+    """A machine with an entropy device, a console, and the program in ring 3."""
+    memory = pykvm.GuestMemory()
+    memory.add(0, "2M")
+    memory.add(PLAY, PLAY_BYTES)
+    m = pykvm.Machine(memory)
+    try:
+        m.virtio(Rng(rate=None), io=io)
+        m.virtio(Console(keep=1 << 16, output=output), io=io)
+        m.debug_exit()
+        source = source.replace("PLAY", hex(PLAY)).replace("PATIENCE", str(PATIENCE[io]))
+        code = pykvm.asm(source, mode="long64", at=CODE)
+        m.load(code, at=CODE)
+        m.cpu.enter("long64", entry=CODE, ring=3, iopl=3)
+        tables = PageTables(m.memory, TABLES, TABLES_END)
+        tables.page_sizes = tables.page_sizes[:2]
+        tables.identity(1 << 32, perms="rwxu")
+        tables.map(PLAY, PLAY, 2 << 20, perms="rwxu")
+        m.cpu.cr3 = tables.cr3
+    except BaseException:
+        m.close()
+        raise
+    return m
+
+
+@contextmanager
+def states_seen() -> Iterator[set[tuple[object, ...]]]:
+    """The situations in which accesses to windows find their devices."""
+    seen: set[tuple[object, ...]] = set()
+    plain = VirtioMmio._access
+
+    def access(self: VirtioMmio, access: Any) -> int | None:
+        device: VirtioDevice = self.device
+        seen.add(
+            (
+                device.NAME,
+                device.status,
+                self._latch.bits,
+                device.driver_features >> 28 & 3,
+                *(
+                    (q.c.enabled, q.c.quiet, (q.c.avail_seen - q.c.next_avail) % 65536)
+                    for q in device.queues
+                ),
+            )
+        )
+        return plain(self, access)
+
+    VirtioMmio._access = access  # type: ignore[method-assign]
+    try:
+        yield seen
+    finally:
+        VirtioMmio._access = plain  # type: ignore[method-assign]
+
+
+def run(operations: int, seed: int, io: str = "sync", timeout: float | None = None) -> Outcome:
+    """Run the program; raises Lost."""
+    with states_seen() as states, machine(io) as m:
+        m.cpu.r14 = operations
+        m.cpu.r15 = Random(seed).getrandbits(64) | 1
+        result = m.run(timeout=timeout)
+        if result.reason != reasons.DEBUG_EXIT or result.code != 0:
+            left = m.cpu.r14
+            why = {1: "a request was not served", 2: "a fresh driver's device is not well"}
+            raise Lost(
+                f"{why.get(result.code or 0, 'the run ended')}: {result}, {left} operations left,"
+                f" {m.devices}"
+            )
+        return Outcome(operations, len(states), result)
+
+
+def flood(notifies: int, stops: int, io: str = "thread") -> tuple[list[float], int, int]:
+    """Ring a doorbell so often, in a row, and stop the run now and then.
+
+    Returns:
+        How long each stop took, in seconds; how many characters the console showed; and doorbells
+        rung, at least.
+    """
+    shown: list[bytes] = []
+    latencies: list[float] = []
+    with machine(io, FLOOD, shown.append) as m:
+        _start_rng(m)
+        m.cpu.r14 = 1 << 40  # more than there is time for
+        while len(latencies) < stops:
+            ended: list[float] = []
+
+            def run(ended: list[float] = ended) -> None:
+                m.run(timeout=60)
+                ended.append(time.perf_counter())
+
+            before = sum(map(len, shown))
+            thread = threading.Thread(target=run)
+            thread.start()
+            patience = time.perf_counter() + 60
+            while sum(map(len, shown)) == before and thread.is_alive():  # the console lives
+                if time.perf_counter() > patience:
+                    raise Lost("the console shows nothing any more")
+                time.sleep(0.001)
+            asked = time.perf_counter()
+            m.stop()
+            thread.join()
+            latencies.append(ended[0] - asked)
+        rung = 1000 * sum(map(len, shown))
+        while rung < notifies:  # what is left, in one go
+            m.cpu.rip = CODE
+            m.cpu.r14 = notifies - rung
+            m.run(timeout=600)
+            rung = 1000 * sum(map(len, shown))
+        return latencies, sum(map(len, shown)), rung
+
+
+def _start_rng(m: pykvm.Machine) -> None:
+    """Start the entropy device from here, with a ring in the playground."""
+    device = m.devices["rng"]
+    device.write_status(3)
+    device.write_features(1, 1)
+    device.write_status(11)
+    for what, gpa in (("desc", PLAY), ("driver", PLAY + 0x1000), ("device", PLAY + 0x2000)):
+        device.queue_set(0, f"{what}_low", gpa & 0xFFFFFFFF)
+        device.queue_set(0, f"{what}_high", gpa >> 32)
+    device.queue_set(0, "size", 8)
+    device.queue_set(0, "ready", 1)
+    device.write_status(15)
+    if not device.activated or not device.queue_ready(0):
+        raise Lost(f"the entropy device did not start: {device!r}")
