@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from pykvm import result as reasons
 from pykvm.boot import layout
 from pykvm.cli import exitcodes
+from tests.support.virtio_guest import VirtioGuest
+from tests.support.vring_driver import WRITE
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -32,3 +35,16 @@ def test_the_exit_codes_of_a_boot_are_those_of_the_command() -> None:
 def test_every_reason_has_an_exit_code() -> None:
     codes = [exitcodes.exit_code(reasons.RunResult(reason, code=1)) for reason in reasons.REASONS]
     assert all(0 <= code <= 255 for code in codes)
+
+
+def test_the_device_of_one_s_own_does_what_it_says() -> None:
+    text = (DOCS / "virtio.md").read_text()
+    (source,) = re.findall(r"```python\n(class Upper.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(f"from pykvm.virtio import VirtioDevice\n{source}", names)
+    with VirtioGuest(names["Upper"]()) as guest:
+        (driver,) = guest.start()
+        guest.memory.write(0x40000, b"quiet")
+        driver.send((0x40000, 5, 0), (0x41000, 8, WRITE))
+        guest.notify()
+        assert driver.used() == [(0, 5)] and guest.memory.read(0x41000, 6) == b"QUIET\0"
