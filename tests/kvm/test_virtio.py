@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -154,7 +155,9 @@ def test_interrupts_arrive_as_edges_on_their_line() -> None:
         done.set()
         thread.join()
         assert result.reason == reasons.STOPPED
-        assert requested()
+        patience = time.monotonic() + GENEROUS
+        while not requested():  # KVM hands it to a worker of its own
+            assert time.monotonic() < patience
 
 
 @pytest.mark.parametrize(

@@ -434,7 +434,14 @@ def test_a_state_of_another_device_is_refused(guest: VirtioGuest) -> None:
     with pytest.raises(ValueError, match="queues"):
         guest.device.restore(state | {"queues": []})
     with pytest.raises(ValueError, match="features"):
-        guest.device.restore(state | {"driver_features": 1 << 60})
+        guest.device.restore(state | {"driver_features": 1 << 60, "status": 11})
+
+
+def test_a_driver_that_asks_for_too_much_can_be_in_a_state(guest: VirtioGuest) -> None:
+    assert not guest.negotiate(VERSION_1 | 1 << 60)
+    state = guest.window.state()
+    guest.window.restore(state)
+    assert guest.window.state() == state
 
 
 def test_a_device_has_one_transport(guest: VirtioGuest) -> None:

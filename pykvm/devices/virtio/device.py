@@ -427,7 +427,8 @@ class VirtioDevice:
         """
         if len(state["queues"]) != len(self.queues):
             raise ValueError(f"{len(state['queues'])} queues, and this device has others")
-        if state["driver_features"] & ~self.offered:
+        # Up to FEATURES_OK a driver may ask for anything.
+        if state["status"] & FEATURES_OK and state["driver_features"] & ~self.offered:
             raise ValueError(f"features {state['driver_features']:#x} are not this device's")
         with self.lock:
             self.driver_features = state["driver_features"]
