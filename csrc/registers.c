@@ -39,6 +39,11 @@ static uint64_t *whole(PyObject *self, const struct part *part)
         if (!loaded)
             return NULL;
         Py_DECREF(loaded);
+        vcpu = ((struct registers *)self)->vcpu;
+        if (!vcpu) {
+            PyErr_SetString(PyExc_RuntimeError, "registers without a vCPU: bind() it first");
+            return NULL;
+        }
     }
     return (uint64_t *)((char *)&vcpu->run->s.regs.regs + part->offset);
 }

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Self
 
-    from pykvm.machine import Machine
     from pykvm.result import RunResult
+    from pykvm.runs import Runs
 
 
 class Background:
@@ -23,7 +23,7 @@ class Background:
     to the run until it has ended. Handlers are called in its threads.
     """
 
-    def __init__(self, machine: Machine, result: RunResult | None = None) -> None:
+    def __init__(self, machine: Runs, result: RunResult | None = None) -> None:
         self._machine = machine
         self._result = result
         self._raised: BaseException | None = None

@@ -12,7 +12,7 @@ from pykvm.errors import KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.machine import Machine
+    from pykvm.runs import Runs
 
 PROBE = "LOCK CMPXCHG16B"
 """What no KVM's emulator knows, and every kernel with the SLUB allocator executes as it starts."""
@@ -51,7 +51,7 @@ def ring0_is_emulated(path: str = "/dev/kvm") -> bool:
     return _known[path]
 
 
-def obstacle(m: Machine) -> str:
+def obstacle(m: Runs) -> str:
     """Why the stock kernel that ``m`` has booted cannot run here, and what to do; or ""."""
     path = m.kvm.path
     if m.pc is None or not m.pc.is_linux or not ring0_is_emulated(path):
