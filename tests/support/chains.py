@@ -30,19 +30,16 @@ class BlkDriver:
     def __init__(self, device: Any, features: int | None = None) -> None:
         self.device = device
         device.driver_features = device.device_features if features is None else features
-        device.complete = self._complete
         device.activate()
         self.written = 0
-        self.errors = 0
 
-    def _complete(self, queue: Any, chain: Any, written: int, *, error: bool = False) -> None:
-        self.written = written
-        self.errors += error
+    @property
+    def errors(self) -> int:
+        """Requests that were answered with an error."""
+        return int(self.device.counters.errors)
 
     def send(self, readable: Pieces, writable: Pieces) -> None:
-        written = self.device._one(None, FakeChain(readable, writable))
-        if written is not None:
-            self.written = written
+        self.written = self.device._one(None, FakeChain(readable, writable))
 
     def request(self, type: int, sector: int = 0, out: Pieces = (), into: Pieces = ()) -> int:
         """One request as Linux frames it: its status."""
