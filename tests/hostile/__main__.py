@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from random import Random
 
-from pykvm.devices.virtio import console, device, mmio, queue, rng
+from pykvm.devices.virtio import blk, blk_request, console, device, mmio, queue, rng
 from pykvm.errors import CapabilityError
 from tests.hostile import guest
 from tests.hostile.build import Variant
@@ -38,7 +38,7 @@ WARM = 200
 
 PARTS = ("ring", "device", "guest", "flood")
 STOPS = 100
-MODULES = [device, queue, mmio, rng, console]
+MODULES = [device, queue, mmio, rng, console, blk, blk_request]
 
 
 class Breach(AssertionError):

@@ -17,6 +17,8 @@ from pykvm.devices.virtio.queue import Chain, Queue
 from pykvm.devices.virtio.rng import Rng
 from pykvm.errors import GuestError
 from pykvm.vcpu_thread import NEVER
+from tests.hostile import blk
+from tests.hostile.blk import BlkWriter, ModelBlk
 from tests.support.fake_vcpu import HLT, FakeRun, mmio
 from tests.support.ring_writer import RingWriter
 from tests.support.twin_memory import Mismatch, Twins
@@ -75,11 +77,11 @@ class HostileDriver:
         steps: made so far.
     """
 
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, kind: str = "") -> None:
         self.random = random
         self.twins = Twins()
         self.printed = b""
-        kind = random.choice(("rng", "console", "echo"))
+        kind = kind or random.choice(("rng", "console", "echo", "blk"))
         self.device: Any
         self.model: Any
         if kind == "rng":
@@ -88,6 +90,9 @@ class HostileDriver:
         elif kind == "console":
             self.device = VirtioConsole(output=self._print, keep=KEEP)
             self.model = ModelConsole(self.twins.plain)
+        elif kind == "blk":
+            readonly = random.random() < 0.2
+            self.device, self.model = blk.device(readonly), ModelBlk(self.twins.plain, readonly)
         else:
             self.device, self.model = Echo(), ModelEcho(self.twins.plain)
         self.kind = kind
@@ -104,7 +109,8 @@ class HostileDriver:
         self.printed += data
 
     def _writers(self) -> list[RingWriter]:
-        return [RingWriter(self.random, self.twins, queue.ring) for queue in self.model.queues]
+        kind = BlkWriter if self.kind == "blk" else RingWriter
+        return [kind(self.random, self.twins, queue.ring) for queue in self.model.queues]
 
     def close(self) -> None:
         self.window.close()
@@ -242,6 +248,8 @@ class HostileDriver:
         offset = random.choice(REGISTERS)
         if random.random() < 0.2:
             offset = random.choice((random.randrange(0x140), random.randrange(0x1000 - 8)))
+        if self.kind == "blk" and random.random() < 0.2:
+            return 0x100 + blk.WRITEBACK, 1
         return offset, random.choice((4, 4, 4, 4, 1, 2, 8))
 
     def _read(self) -> None:
@@ -286,6 +294,8 @@ class HostileDriver:
                 self.model.typed += data
                 self.model.notify(0)
                 self.device.write(data)
+        elif self.kind == "blk":
+            self._grow()
         elif self.kind == "console":
             self.model.columns, self.model.rows = columns, rows = 80 + random.randrange(80), 50
             self.model.config_changed()
@@ -293,6 +303,20 @@ class HostileDriver:
         else:
             self.model.config_changed()
             self.device.config_changed()
+
+    def _grow(self) -> None:
+        """The image becomes larger, now and then, or only is looked at."""
+        model, disk = self.model, self.device.disk
+        grows = len(model.disk) < 512 * blk.MOST_SECTORS and self.random.random() < 0.5
+        if grows:
+            model.disk += bytes(512)
+            disk.file.truncate(len(model.disk))
+            model.config_changed()
+        if self.device.refresh() != grows:
+            raise Mismatch("the image's size was not seen")
+        for writer in self.writers:
+            if isinstance(writer, BlkWriter):
+                writer.sectors = len(model.disk) // 512
 
     # ---- what must be the same -------------------------------------------------------------------
 
@@ -319,6 +343,11 @@ class HostileDriver:
                 raise Mismatch(f"the console keeps {len(self.device.transcript)} bytes")
             if len(model.printed) > 4 * KEEP:
                 self.printed = model.printed = b""
+        if isinstance(model, ModelBlk):
+            there = bytearray(len(model.disk) + 1)
+            size = self.device.disk.file.preadv([memoryview(there)], 0)
+            if there[:size] != model.disk:
+                raise Mismatch("something else is on the disk")
         self.twins.check_memory()
 
     def state(self) -> tuple[object, ...]:
