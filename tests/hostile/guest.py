@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from pykvm.virtio import Console, Rng
 PLAY = 0x1_8000_0000
 """RAM for rings and buffers: so far from the program that no slip of an address reaches that."""
 PLAY_BYTES = 1 << 20
+DISK_BYTES = 1 << 20
 CODE, TABLES, TABLES_END = 0x8000, 0x100000, 0x1C0000
 
 SOURCE = """
@@ -192,11 +194,13 @@ SOURCE = """
     # Another device, and a fresh start of it.
     again:
         call    next
-        mov     edi, WINDOWS
-        bt      eax, 20
-        jnc     1f
-        add     edi, 0x1000
+        shr     eax, 8
+        and     eax, 0x3000
+        cmp     eax, 0x3000             # there are three
+        jne     1f
+        xor     eax, eax
     1:
+        lea     edi, [rax + WINDOWS]
         call    init
         jmp     loop
 
@@ -245,6 +249,14 @@ SOURCE = """
         xor     eax, eax
         out     0xf4, al
     prove:
+        mov     edi, WINDOWS + 0x2000   # the disk takes more than one buffer: only that it starts
+        call    init
+        mov     eax, [rdi + 0x70]
+        cmp     eax, 15
+        je      1f
+        mov     al, 2
+        out     0xf4, al
+    1:
         mov     edi, WINDOWS
         call    prove_one
         mov     edi, WINDOWS + 0x1000
@@ -343,7 +355,7 @@ PATIENCE = {"sync": 1000, "thread": 400_000_000}
 
 
 def machine(io: str, source: str = SOURCE, output: Any = None) -> pykvm.Machine:
-    """A machine with an entropy device, a console, and the program in ring 3."""
+    """A machine with an entropy device, a console, a disk, and the program in ring 3."""
     memory = pykvm.GuestMemory()
     memory.add(0, "2M")
     memory.add(PLAY, PLAY_BYTES)
@@ -351,6 +363,9 @@ def machine(io: str, source: str = SOURCE, output: Any = None) -> pykvm.Machine:
     try:
         m.virtio(Rng(rate=None), io=io)
         m.virtio(Console(keep=1 << 16, output=output), io=io)
+        with tempfile.NamedTemporaryFile(prefix="pykvm-hostile-") as image:
+            image.truncate(DISK_BYTES)
+            m.disk(image.name, io=io)
         m.debug_exit()
         source = source.replace("PLAY", hex(PLAY)).replace("PATIENCE", str(PATIENCE[io]))
         code = pykvm.asm(source, mode="long64", at=CODE)
