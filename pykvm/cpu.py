@@ -82,11 +82,11 @@ class Cpu(GeneralRegisters):
 
     def load_regs(self) -> Any:
         """The general registers, up to date: ``struct kvm_regs`` in the run page."""
-        runner = self._runner
-        owner = runner.owner
+        c = self._runner.c
+        owner = c.owner
         if owner and owner != get_ident():
             raise self._busy()
-        entries = runner.c.entries
+        entries = c.entries
         if self._regs_at != entries:
             run = self._run
             valid = run.kvm_valid_regs
@@ -99,11 +99,11 @@ class Cpu(GeneralRegisters):
 
     def load_sregs(self) -> Any:
         """The segment and control registers, up to date: ``struct kvm_sregs`` in the run page."""
-        runner = self._runner
-        owner = runner.owner
+        c = self._runner.c
+        owner = c.owner
         if owner and owner != get_ident():
             raise self._busy()
-        entries = runner.c.entries
+        entries = c.entries
         if self._sregs_at != entries:
             run = self._run
             valid = run.kvm_valid_regs
@@ -126,7 +126,7 @@ class Cpu(GeneralRegisters):
         self._run = self._regs = self._sregs = None
 
     def _mine(self) -> None:
-        owner = self._runner.owner
+        owner = self._runner.c.owner
         if owner and owner != get_ident():
             raise self._busy()
 
@@ -241,28 +241,38 @@ class Cpu(GeneralRegisters):
             ValueError: unknown mode, entry out of reach for it, and the like.
             GuestMemoryError: the tables do not lie in RAM.
         """
-        from pykvm.arch.x86_64 import modes
-
         if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
             self._forget_history()
-        # One machine after the other is entered alike: all that changes is copied at once then.
-        key = None if options else (mode, entry, ring, iopl, tables, self._gigapages)
-        if mode == "long64" and "gigapages" not in options:
-            options["gigapages"] = self._gigapages
-        sregs = self.load_sregs()
+        # One machine after the other is entered alike: what that made is copied then.
+        key = None if options else (mode, entry, ring, iopl, stack, tables, self._gigapages)
+        sregs, regs = self.load_sregs(), self.load_regs()
         known = _entered.get(key) if key else None
-        set_up = modes.enter(
-            mode, sregs=None if known else sregs, regs=self.load_regs(), memory=self.memory,
-            entry=entry, ring=ring, iopl=iopl, stack=stack, tables=tables, **options,
-        )  # fmt: skip
         if known:
-            segments, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = known
+            before, segments, cr0, cr3, cr4, efer = known
+            set_up = before.again(regs, self.memory)
             ffi.memmove(ffi.addressof(sregs), segments, _SEGMENTS)
-        elif key:
-            if len(_entered) >= _MOST_KEPT:
-                _entered.clear()
-            segments = ffi.buffer(ffi.addressof(sregs), _SEGMENTS)[:]
-            _entered[key] = segments, sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer
+            sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = cr0, cr3, cr4, efer
+        else:
+            from pykvm.arch.x86_64 import modes
+
+            if mode == "long64" and "gigapages" not in options:
+                options["gigapages"] = self._gigapages
+            set_up = modes.enter(
+                mode, sregs=sregs, regs=regs, memory=self.memory, entry=entry, ring=ring,
+                iopl=iopl, stack=stack, tables=tables, **options,
+            )  # fmt: skip
+            if key:
+                if len(_entered) >= _MOST_KEPT:
+                    _entered.clear()
+                segments = ffi.buffer(ffi.addressof(sregs), _SEGMENTS)[:]
+                _entered[key] = (
+                    set_up.of(None),
+                    segments,
+                    sregs.cr0,
+                    sregs.cr3,
+                    sregs.cr4,
+                    sregs.efer,
+                )
         self.dirty(REGS | SREGS)
         self.ended = ""
         return set_up
@@ -327,8 +337,8 @@ class Cpu(GeneralRegisters):
         )
 
 
-_entered: dict[tuple[Any, ...], tuple[bytes, int, int, int, int]] = {}
-"""What enter() makes of SREGS, by its arguments: the segments as bytes, CR0, CR3, CR4, EFER."""
+_entered: dict[tuple[Any, ...], tuple[Entry, bytes, int, int, int, int]] = {}
+"""What enter() made, by its arguments: segments as bytes, CR0, CR3, CR4, EFER; and the rest."""
 _MOST_KEPT = 16
 _SEGMENTS = ffi.offsetof("struct kvm_sregs", "cr0")
 """Bytes of all segment and descriptor-table registers, which come first."""
@@ -340,8 +350,6 @@ class _Closed:
     @property
     def c(self) -> Any:
         raise ClosedError("this machine is closed")
-
-    owner = c
 
 
 _CLOSED: Any = _Closed()

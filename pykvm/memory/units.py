@@ -22,6 +22,8 @@ def parse_size(size: int | str) -> int:
             2**20? so it is refused).
         TypeError: neither an int nor a str.
     """
+    if type(size) is int and size >= 0:
+        return size
     if not isinstance(size, str):
         number = checked_int(size, "a size")
         if number < 0:

@@ -239,3 +239,16 @@ def test_what_no_mode_can_do_is_refused_with_no_register_changed(
 def test_code_may_lie_where_another_mode_has_its_page_tables() -> None:
     Machine().enter("prot32", 0x1000)
     Machine().enter("real16", 0x600)
+
+
+def test_what_one_guest_was_given_another_gets_again() -> None:
+    first, second = Machine(), Machine()
+    done = first.enter("long64", entry=0x20000, ring=3, iopl=3)
+    kept = done.of(None)
+    again = kept.again(second.regs, second.memory)
+    assert bytes(second.memory) == bytes(first.memory)
+    assert (second.regs.rip, second.regs.rsp) == (first.regs.rip, first.regs.rsp)
+    assert second.regs.rflags == first.regs.rflags
+    assert repr(again) == repr(done)
+    assert again.page_tables is not None and again.page_tables.memory is second.memory
+    assert kept.page_tables is not None and kept.page_tables.memory is None

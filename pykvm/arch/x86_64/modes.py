@@ -47,16 +47,50 @@ class Entry:
         star: the value for MSR_STAR under which SYSCALL and SYSRET use this GDT.
     """
 
-    __slots__ = ("_gdt", "_made", "_tss", "entry", "idt", "mode", "page_tables", "ring", "stack")
+    __slots__ = (
+        "_gdt", "_made", "_memory", "_pages", "_rflags", "_rip", "_tss", "_writes", "entry", "idt",
+        "mode", "ring", "stack",
+    )  # fmt: skip
     star = layout.STAR
 
-    def __init__(self, mode: str, ring: int, entry: int, stack: int) -> None:
+    def __init__(self, mode: str, ring: int, entry: int, stack: int, memory: Any) -> None:
         self.mode, self.ring, self.entry, self.stack = mode, ring, entry, stack
+        self._memory = memory
         self._made: _Descriptors | None = None
+        self._pages: PageTables | None = None
         self._gdt: Gdt | None = None
         self._tss: Tss64 | Tss32 | None = None
+        self._writes: list[tuple[int, bytes]] = []
+        self._rip, self._rflags = entry, 2
         self.idt: Idt | None = None
-        self.page_tables: PageTables | None = None
+
+    def again(self, regs: Any, memory: Any) -> Entry:
+        """The same for another guest: its memory, RIP, RSP and RFLAGS. SREGS are the caller's part.
+
+        Raises:
+            GuestMemoryError: the tables do not fit into RAM. No register was changed then.
+        """
+        for gpa, raw in self._writes:
+            memory[gpa : gpa + len(raw)] = raw
+        regs.rip, regs.rsp, regs.rflags = self._rip, self.stack, self._rflags
+        return self.of(memory)
+
+    def of(self, memory: Any) -> Entry:
+        """This, said of another guest's memory; of None, to be kept without holding any."""
+        other = Entry(self.mode, self.ring, self.entry, self.stack, memory)
+        other._made, other._pages = self._made, self._pages
+        other._writes, other._rip, other._rflags = self._writes, self._rip, self._rflags
+        if memory is None and self._pages is not None:
+            other._pages = self._pages.at_home_in(None)
+        return other
+
+    @property
+    def page_tables(self) -> PageTables | None:
+        """What CR3 points to."""
+        pages = self._pages
+        if pages is not None and pages.memory is not self._memory:
+            pages = self._pages = pages.at_home_in(self._memory)
+        return pages
 
     @property
     def gdt(self) -> Gdt | None:
@@ -95,7 +129,6 @@ def enter(
         mode: ``real16``; ``prot32``, flat and without paging; ``long64``, flat and identity-mapped.
         sregs, regs: changed in place. Of ``regs`` RIP, RSP and RFLAGS are set, all of the segments
             and descriptor tables of ``sregs``, CR0, CR3, CR4 and EFER; the rest is left alone.
-            None for ``sregs`` leaves those to a caller who knows what the same arguments make.
         memory: guest-physical memory; real16 does not touch it.
         entry: guest-physical address of the first instruction.
         stack: first stack pointer; by default 0x8000 above ``tables``.
@@ -124,9 +157,10 @@ def enter(
         raise ValueError(f"tables {tables:#x}: must be a multiple of 4 KiB")
     if stack is None:
         stack = layout.STACK_TOP + (tables if mode != "real16" else 0)
-    done = Entry(mode, ring, entry, stack)
+    done = Entry(mode, ring, entry, stack, memory)
+    done._rflags = 2 | iopl << 12
     if mode == "real16":
-        _real16(done, sregs, regs, idt)
+        _real16(done, sregs, idt)
     else:
         _check_addresses(done, tables)
         if mode == "prot32":
@@ -134,14 +168,12 @@ def enter(
         else:
             rights = perms or ("rwxu" if ring else "rwx")
             _long64(done, sregs, memory, tables, iopl, map_size, gigapages, rights)
-        regs.rip = entry
         _load_idt(done, sregs, memory, idt)
-    regs.rsp = stack
-    regs.rflags = 2 | iopl << 12
+    regs.rip, regs.rsp, regs.rflags = done._rip, stack, done._rflags
     return done
 
 
-def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
+def _real16(done: Entry, sregs: Any, idt: Idt | None) -> None:
     if idt is not None:
         raise ValueError("real16 has no IDT: its vectors are four bytes each at gpa 0 (the IVT)")
     if not 0 <= done.entry < 0x110000 - 16:
@@ -150,9 +182,7 @@ def _real16(done: Entry, sregs: Any, regs: Any, idt: Idt | None) -> None:
         raise ValueError(f"stack {done.stack:#x}: SP has 16 bits in real mode, and SS is 0")
     # Below 64 KiB CS is 0, so that the offsets in the code are the addresses it is loaded at.
     selector = min(done.entry >> 4, 0xFFFF) if done.entry > 0xFFFF else 0
-    regs.rip = done.entry - (selector << 4)
-    if sregs is None:
-        return
+    done._rip = done.entry - (selector << 4)
     real_mode(selector, code=True).apply(sregs.cs)
     segment = real_mode(0)
     for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -222,12 +252,8 @@ class _Descriptors:
         self.task = gdt[layout.TSS_SELECTOR]
         self.gdt, self.tss = bytes(gdt), tss_itself
 
-    def load(self, sregs: Any, memory: Any) -> None:
-        """Write both tables, and load every segment register."""
-        memory[self.gdt_base : self.gdt_base + len(self.gdt)] = self.gdt
-        memory[self.tss_base : self.tss_base + len(self.tss)] = self.tss
-        if sregs is None:
-            return
+    def load(self, sregs: Any) -> None:
+        """Load every segment register."""
         self.code.apply(sregs.cs)
         stack = self.stack
         for register in (sregs.ss, sregs.ds, sregs.es, sregs.fs, sregs.gs):
@@ -237,53 +263,20 @@ class _Descriptors:
         sregs.gdt.base, sregs.gdt.limit = self.gdt_base, len(self.gdt) - 1
 
 
-# What enter() puts together is the same for one machine after the other: it is kept, as bytes.
-_descriptors: dict[tuple[int, int, int, bool], _Descriptors] = {}
-_identity_maps: dict[tuple[int, int, bool, str], tuple[bytes, PageTables]] = {}
-_MOST_KEPT = 16
-
-
 def _segments(done: Entry, sregs: Any, memory: Any, tables: int, iopl: int, long: bool) -> None:
     """Write GDT and TSS, and load every segment register for the ring."""
-    key = tables, done.ring, iopl, long
-    made = _descriptors.get(key)
-    if made is None:
-        if len(_descriptors) >= _MOST_KEPT:
-            _descriptors.clear()
-        made = _descriptors[key] = _Descriptors(*key)
-    made.load(sregs, memory)
-    done._made = made
-
-
-def _identity_map(
-    memory: Any, tables: int, map_size: int, gigapages: bool, perms: str
-) -> PageTables:
-    """Page tables that map the first ``map_size`` bytes to themselves."""
-    key = tables, map_size, gigapages, perms
-    known = _identity_maps.get(key)
-    if known is not None:
-        raw, pages = known
-        memory[pages.cr3 : pages.cr3 + len(raw)] = raw
-        return pages.at_home_in(memory)
-    from .paging import PageTables
-
-    pages = PageTables(memory, tables + layout.PAGE_TABLES, tables + layout.PAGE_TABLES_END)
-    if not gigapages:
-        pages.page_sizes = pages.page_sizes[:2]
-    pages.identity(map_size, perms=perms)
-    first, end = pages.used
-    if len(_identity_maps) >= _MOST_KEPT:
-        _identity_maps.clear()
-    _identity_maps[key] = memory[first:end], pages.at_home_in(None)
-    return pages
+    done._made = made = _Descriptors(tables, done.ring, iopl, long)
+    for gpa, raw in ((made.gdt_base, made.gdt), (made.tss_base, made.tss)):
+        memory[gpa : gpa + len(raw)] = raw
+        done._writes.append((gpa, raw))
+    made.load(sregs)
 
 
 def _prot32(done: Entry, sregs: Any, memory: Any, tables: int) -> None:
     if tables >= 1 << 32:
         raise ValueError(f"tables {tables:#x} does not fit into 32 bits")
     _segments(done, sregs, memory, tables, 0, long=False)
-    if sregs is not None:
-        sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
+    sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer = _CR0_PROTECTED, 0, _CR4_SSE, 0
 
 
 def _long64(
@@ -297,20 +290,22 @@ def _long64(
             f"map_size {map_size:#x}: without 1 GiB pages the tables have room for 4 GiB; build "
             "your own with PageTables and set cr3"
         )
-    pages = _identity_map(memory, tables, map_size, gigapages, perms)
-    done.page_tables = pages
+    from .paging import PageTables
+
+    pages = PageTables(memory, tables + layout.PAGE_TABLES, tables + layout.PAGE_TABLES_END)
+    if not gigapages:
+        pages.page_sizes = pages.page_sizes[:2]
+    pages.identity(map_size, perms=perms)
+    done._pages = pages
+    first, end = pages.used
+    done._writes.append((first, memory[first:end]))
     _segments(done, sregs, memory, tables, iopl, long=True)
-    if sregs is None:
-        return
     sregs.cr0 = _CR0_PROTECTED | _CR0_PAGING
     sregs.cr3, sregs.cr4 = pages.cr3, _CR4_PAE | _CR4_SSE
     sregs.efer = _EFER_LONG | (_EFER_NXE if pages.needs_nx else 0)
 
 
 def _load_idt(done: Entry, sregs: Any, memory: Any, idt: Idt | None) -> None:
-    if sregs is None:
-        assert idt is None
-        return
     if idt is None:
         sregs.idt.base, sregs.idt.limit = 0, 0
         return

@@ -78,7 +78,7 @@ class PageTables:
         ValueError: a bad mode or address.
     """
 
-    __slots__ = ("_end", "_memory", "_next", "cr3", "mode", "needs_nx", "page_sizes")
+    __slots__ = ("_end", "_next", "cr3", "memory", "mode", "needs_nx", "page_sizes")
 
     def __init__(
         self, memory: Any, tables: int, end: int | None = None, mode: str = "4-level"
@@ -89,7 +89,7 @@ class PageTables:
             raise ValueError(f"page tables at {tables:#x}: must be a multiple of 4 KiB")
         if mode in ("32-bit", "pae") and tables >= 1 << 32:
             raise ValueError(f"page tables at {tables:#x}: CR3 holds 32 bits in {mode} mode")
-        self._memory, self.mode = memory, mode
+        self.memory, self.mode = memory, mode
         self._next, self._end = tables, end
         self.page_sizes = PAGE_SIZES[mode]
         self.needs_nx = False
@@ -102,14 +102,14 @@ class PageTables:
                 f"no room for another page table at {gpa:#x}: the range for tables ends at "
                 f"{self._end:#x}; give it more pages, or use larger page sizes"
             )
-        self._memory[gpa : gpa + PAGE] = bytes(PAGE)
+        self.memory[gpa : gpa + PAGE] = bytes(PAGE)
         self._next = gpa + PAGE
         return gpa
 
     def at_home_in(self, memory: Any) -> Self:
         """These tables as they are, byte for byte at the same place, in another guest's memory."""
         other = type(self).__new__(type(self))
-        other._memory, other.mode = memory, self.mode
+        other.memory, other.mode = memory, self.mode
         other._next, other._end = self._next, self._end
         other.page_sizes, other.needs_nx, other.cr3 = self.page_sizes, self.needs_nx, self.cr3
         return other
@@ -199,20 +199,20 @@ class PageTables:
             table = self._step(table, name, index, gva)
         count = min(length // size, (1 << bits) - index)
         first, last = table + index * entry_size, table + (index + count) * entry_size
-        old = peek(self._memory, first, last - first)
+        old = peek(self.memory, first, last - first)
         if old is None or old != bytes(len(old)):
             self._refuse(old, entry_size, gva, size, name)
         if size != PAGE:
             flags |= PS
         # The flags include NX, so the numbers have all of their 64 bits.
-        self._memory[first:last] = _entries(gpa | flags, count, size, entry_size)
+        self.memory[first:last] = _entries(gpa | flags, count, size, entry_size)
         return count * size
 
     def _step(self, table: int, name: str, index: int, gva: int) -> int:
         """The table under entry ``index``, made if there is none."""
         entry_size, _ = SHAPES[self.mode]
         gpa = table + index * entry_size
-        raw = peek(self._memory, gpa, entry_size)
+        raw = peek(self.memory, gpa, entry_size)
         entry = 0 if raw is None else int.from_bytes(raw, "little")
         if entry & P:
             if entry & PS and name in ("PDPT", "PD"):
@@ -221,7 +221,7 @@ class PageTables:
         new = self._allocate()
         # The four entries of a PAE PDPT have no rights: W and U are reserved there.
         entry = new | (P if self.mode == "pae" and name == "PDPT" else P | W | U)
-        self._memory[gpa : gpa + entry_size] = entry.to_bytes(entry_size, "little")
+        self.memory[gpa : gpa + entry_size] = entry.to_bytes(entry_size, "little")
         return new
 
     def _refuse(self, old: bytes | None, entry_size: int, gva: int, size: int, name: str) -> None:
@@ -237,7 +237,7 @@ class PageTables:
         """Translate ``gva`` through these tables, with CR0.WP and, where it exists, NX on."""
         cr0, cr4, efer = _REGISTERS[self.mode]
         return walk(
-            self._memory, gva, cr0=cr0, cr3=self.cr3, cr4=cr4, efer=efer, access=access, user=user
+            self.memory, gva, cr0=cr0, cr3=self.cr3, cr4=cr4, efer=efer, access=access, user=user
         )
 
     def _leaves(self) -> list[tuple[int, int, int, str, str]]:
@@ -252,7 +252,7 @@ class PageTables:
     ) -> None:  # fmt: skip
         entry_size, shape = SHAPES[self.mode]
         name, shift, index_bits = shape[depth]
-        raw = peek(self._memory, table, entry_size << index_bits) or b""
+        raw = peek(self.memory, table, entry_size << index_bits) or b""
         for index in range(len(raw) // entry_size):
             entry = int.from_bytes(raw[index * entry_size :][:entry_size], "little")
             if not entry & P:
