@@ -24,6 +24,7 @@ from benches.measure import MIN_PAIRS, NotHere, Result, table, to_json
 QUESTIONS = (
     "fake-loop",
     "c-action",
+    "trace",
     "handler",
     "registers",
     "doorbell",

@@ -262,6 +262,64 @@ struct pykvm_table {
     struct pykvm_range *rest; /* serves every address that no range has; or NULL */
 };
 
+/* ---- watching: exits as they happen, and stops planted in the code --------------------------- */
+
+/* One exit, as it was taken and what became of it; 64 bytes. */
+struct pykvm_event {
+    int64_t time;     /* CLOCK_MONOTONIC in ns: when KVM_RUN returned */
+    uint64_t inside;  /* ns that KVM_RUN took */
+    uint64_t spent;   /* ns from then on until the next KVM_RUN, or the end of the run */
+    uint64_t rip;     /* with PYKVM_EVENT_RIP */
+    uint64_t address; /* port, gpa or MSR; the number of a hypercall; pc of a debug exit */
+    uint64_t data;    /* written, or read in answer: the first 8 bytes, the first item's first */
+    uint32_t exit;    /* the vCPU's exit count, its low 32 bits */
+    uint16_t reason;  /* KVM_EXIT_*; above 65534: 65535 */
+    uint16_t count;   /* items of a string instruction; else 1 */
+    uint8_t size;     /* bytes of an item, or 0 */
+    uint8_t flags;    /* enum pykvm_event_flag */
+    uint16_t reserved[3];
+};
+
+enum pykvm_event_flag {
+    PYKVM_EVENT_WRITE = 1,
+    PYKVM_EVENT_RIP = 2,
+    PYKVM_EVENT_DONE = 4, /* it was served: `spent` counts, and so does `data` of a read */
+};
+
+/* An exit that is wanted. */
+struct pykvm_event_filter {
+    uint64_t first; /* of `address`, inclusive */
+    uint64_t last;
+    uint32_t reason; /* KVM_EXIT_*, or UINT32_MAX: any */
+    uint8_t direction; /* 0: both, 1: writes, 2: reads and what has no direction */
+};
+
+/*
+ * The last `capacity` (a power of two) exits of one vCPU that a filter wants; without filters all.
+ * One vCPU's thread writes; anybody may read what is more than one behind `head`, and finds out by
+ * a second look at `head` whether it was overwritten meanwhile.
+ */
+struct pykvm_events {
+    struct pykvm_event *events;
+    struct pykvm_event_filter *filters;
+    uint32_t capacity;
+    uint32_t filter_count;
+    uint64_t head;      /* events ever written */
+    uint64_t passed;    /* exits that no filter wanted */
+    int64_t entered;    /* when KVM_RUN was called last */
+    uint8_t rip;        /* have KVM store the registers at every exit */
+    uint8_t open;       /* the last event's exit is being served */
+};
+
+/*
+ * Stops planted in the code are one-byte INs (0xEC, IN AL,DX): they exit on every back end, whatever
+ * DX.  The low 12 bits of an address are the same before and after paging, so this says which INs
+ * may be one of them.
+ */
+struct pykvm_planted {
+    uint64_t offsets[64]; /* bit n: one is at offset n of a page */
+};
+
 /* ---- a vCPU ---------------------------------------------------------------------------------- */
 
 /*
@@ -308,6 +366,8 @@ struct pykvm_vcpu {
     uint64_t exit_limit; /* PYKVM_LIMIT once `exits` reaches it */
     int64_t deadline;    /* CLOCK_MONOTONIC in ns; INT64_MAX: none */
     struct pykvm_access access;
+    struct pykvm_events *events;   /* a trace of the exits, or NULL */
+    struct pykvm_planted *planted; /* look for stops in the code, or NULL */
     struct pykvm_vcpu *outer; /* the run that this one is nested in, in the same thread */
     uint32_t hint[2];         /* index of the range hit last: PIO, MMIO */
     uint32_t index;           /* which vCPU, for records */
@@ -318,6 +378,7 @@ struct pykvm_vcpu {
     uint32_t stop;     /* somebody asked the run to end: enum pykvm_stop */
     uint8_t sync_regs; /* KVM_CAP_SYNC_REGS: else pykvm_vcpu_enter() does its work by ioctls */
     uint8_t trace;     /* return PYKVM_TRACED after every KVM_RUN, before serving the exit */
+    uint8_t pass;      /* the exit being served is an IN of the guest's own: not PYKVM_PLANTED */
 };
 
 /* What pykvm_vcpu_run() returns. */
@@ -333,6 +394,9 @@ enum pykvm_outcome {
     PYKVM_INTERRUPTED = -8, /* a signal, or the heartbeat: let Python look at its signals */
     PYKVM_FAILED = -9,      /* KVM_RUN failed: vcpu->error */
     PYKVM_TRACED = -10,     /* KVM_RUN returned; call again to have its exit served */
+    PYKVM_STRUCK = -11,     /* an IN that may be a planted stop; RIP, RAX and CS are in the run page.
+                               To have it served as the guest's own, set access.pending to
+                               PYKVM_UNSERVED and `pass` to 1 */
 };
 
 enum {
@@ -428,6 +492,13 @@ void pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
 /* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
 int64_t pykvm_now(void);
+/* Around every KVM_RUN of a vCPU that has `events`, and at the end of its run.  They are handed in:
+   another thread may take vcpu->events away at any time. */
+void pykvm_events_enter(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
+void pykvm_events_exit(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
+void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events, int64_t now);
+/* Whether the exit, an I/O, may be of a planted stop. */
+int pykvm_may_be_planted(const struct kvm_run *run, const struct pykvm_planted *planted);
 
 /* Held for some tens of nanoseconds. */
 static inline void pykvm_spin_lock(uint32_t *lock)

@@ -91,25 +91,30 @@ static void take_mmio(struct pykvm_vcpu *vcpu)
 }
 
 /* An exit that is no access: Python's, which may also give it back (PYKVM_UNSERVED). */
-static int64_t hand(struct pykvm_vcpu *vcpu)
+static int64_t hand(struct pykvm_vcpu *vcpu, int64_t outcome)
 {
+    vcpu->error = 0;
     vcpu->access.pending = PYKVM_HANDED;
-    return PYKVM_EXIT;
+    return outcome;
 }
 
 /* Serve the exit that KVM_RUN just made: PYKVM_SERVED, or what to return. */
 static int64_t serve(struct pykvm_vcpu *vcpu)
 {
+    const struct pykvm_planted *planted;
     switch (vcpu->run->exit_reason) {
     case KVM_EXIT_IO:
+        planted = __atomic_load_n(&vcpu->planted, __ATOMIC_ACQUIRE);
+        if (planted && !vcpu->pass && pykvm_may_be_planted(vcpu->run, planted))
+            return hand(vcpu, PYKVM_STRUCK);
+        vcpu->pass = 0;
         take_pio(vcpu);
         return pykvm_bus_serve(vcpu);
     case KVM_EXIT_MMIO:
         take_mmio(vcpu);
         return pykvm_bus_serve(vcpu);
     default:
-        vcpu->error = 0;
-        return hand(vcpu);
+        return hand(vcpu, PYKVM_EXIT);
     }
 }
 
@@ -131,8 +136,10 @@ static int64_t failed(struct pykvm_vcpu *vcpu, int error)
         return PYKVM_SERVED;
     default:
         vcpu->error = error;
-        if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT && error == EFAULT)
-            return hand(vcpu);
+        if (vcpu->run->exit_reason == KVM_EXIT_MEMORY_FAULT && error == EFAULT) {
+            vcpu->access.pending = PYKVM_HANDED;
+            return PYKVM_EXIT;
+        }
         return PYKVM_FAILED;
     }
 }
@@ -173,9 +180,17 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
         if (vcpu->exits >= vcpu->exit_limit)
             return PYKVM_LIMIT;
         vcpu->entries++;
+        if (vcpu->planted) /* every exit may be one of them: with the registers, then */
+            vcpu->run->kvm_valid_regs |= KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
+        struct pykvm_events *events = __atomic_load_n(&vcpu->events, __ATOMIC_ACQUIRE);
+        if (events)
+            pykvm_events_enter(vcpu, events);
         int error = -vcpu->enter(vcpu);
-        if (!error)
+        if (!error) {
             vcpu->exits++;
+            if (events)
+                pykvm_events_exit(vcpu, events);
+        }
         if (vcpu->trace) {
             vcpu->error = error;
             access->pending = PYKVM_UNSERVED;

@@ -7,6 +7,7 @@ from _thread import RLock
 
 from pykvm._abi import lib
 from pykvm.cpu import Cpu
+from pykvm.debugging import Debugging
 from pykvm.devices.bus import Bus
 from pykvm.errors import ClosedError
 from pykvm.host import cpuid_of_one, has_gigapages, open_kvm, ram
@@ -38,7 +39,7 @@ TSS_ADDR = 0xFFFBD000
 """Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
 
-class Machine(Runs):
+class Machine(Runs, Debugging):
     """A virtual machine for tiny guests.
 
     ::
@@ -107,6 +108,7 @@ class Machine(Runs):
         self._background = None
         self.pc: Pc | None = None
         self._virtio: Attachments | None = None
+        self._traces = []
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
         self.mmio = Bus("mmio", self._slots, self._doorbell, lock)

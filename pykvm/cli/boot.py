@@ -19,6 +19,8 @@ from .common import (
     disk_option,
     json_option,
     test_devices_option,
+    trace_filter_option,
+    trace_option,
 )
 from .run import RunCommand
 
@@ -66,6 +68,8 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Go on where this KVM cannot run a stock kernel.")
 @click.option("--ioctls", metavar="[=FILE]", help="Print every ioctl, as strace would.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell the phases and what they took.")
+@trace_option
+@trace_filter_option
 @device_option
 @json_option
 @debug_option
@@ -87,6 +91,8 @@ def boot(
     force: bool,
     ioctls: str | None,
     verbose: bool,
+    trace: str | None,
+    trace_filters: tuple[str, ...],
     device: str,
     as_json: bool,
 ) -> None:
@@ -121,6 +127,8 @@ def boot(
                 device=device,
                 as_json=as_json,
                 disks=disks,
+                trace=trace,
+                trace_filters=trace_filters,
             )
         except booting.UsageProblem as error:
             raise click.UsageError(str(error)) from error

@@ -57,6 +57,8 @@ def boot(
     device: str,
     as_json: bool,
     disks: Iterable[DiskSpec] = (),
+    trace: str | None = None,
+    trace_filters: tuple[str, ...] = (),
 ) -> int:
     """Boot a kernel, and tell how it ended.
 
@@ -109,6 +111,7 @@ def boot(
         output.on_error = m.stop
         commands = {b"x": lambda: m.stop(reasons.INTERRUPTED), b"b": m.console.send_break}
         with (
+            _Traced(m, trace, trace_filters),
             EndingSignals(m, output.give_up),
             Terminal(m.console.write, commands),
             _Doubt(m, force),
@@ -133,6 +136,28 @@ def boot(
 
 def _say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+class _Traced:
+    """For the length of a ``with``: every exit into a file, if one is named."""
+
+    def __init__(self, machine: Machine, file: str | None, filters: tuple[str, ...]) -> None:
+        self._traced: Any = None
+        if file is not None:
+            from pykvm.debug.export import traced
+
+            try:
+                self._traced = traced(machine, file, filters)
+            except ValueError as error:
+                raise UsageProblem(str(error)) from error
+
+    def __enter__(self) -> None:
+        if self._traced is not None:
+            self._traced.__enter__()
+
+    def __exit__(self, *exc: object) -> None:
+        if self._traced is not None:
+            self._traced.__exit__(*exc)
 
 
 class _Doubt:

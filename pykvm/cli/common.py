@@ -87,6 +87,21 @@ test_devices_option = click.option(
     help="QEMU's isa-debug-exit, pc-testdev and fw_cfg; a debug-exit with N exits with 2N+1.",
 )
 
+trace_option = click.option(
+    "--trace",
+    metavar="FILE",
+    help="Write every exit into FILE: JSON lines, or, if its name ends in .json, Chrome's trace "
+    'format. "pykvm trace summary FILE" tells what is in it.',
+)
+
+trace_filter_option = click.option(
+    "--trace-filter",
+    "trace_filters",
+    multiple=True,
+    metavar="EXIT[:FIRST[-LAST]][:r|:w]",
+    help="Trace only such exits: io:0x3f8-0x3ff, mmio, hlt. For several kinds, several times.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 

@@ -11,6 +11,7 @@ from .common import Cli, debug_option
 from .doctor import doctor
 from .guests import guests
 from .run import run
+from .trace import trace
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"]})
@@ -27,6 +28,7 @@ cli.add_command(run)
 cli.add_command(boot)
 cli.add_command(guests)
 cli.add_command(doctor)
+cli.add_command(trace)
 
 
 def main() -> None:

@@ -24,6 +24,8 @@ from .common import (
     disk_option,
     json_option,
     test_devices_option,
+    trace_filter_option,
+    trace_option,
     write_json,
 )
 
@@ -127,6 +129,8 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     metavar="[=FILE]",
     help="Print every ioctl, as strace would, on standard error or into FILE.",
 )
+@trace_option
+@trace_filter_option
 @device_option
 @json_option
 @debug_option
@@ -146,6 +150,8 @@ def run(
     timeout: float | None,
     max_exits: int | None,
     ioctls: str | None,
+    trace: str | None,
+    trace_filters: tuple[str, ...],
     device: str,
     as_json: bool,
 ) -> None:
@@ -186,7 +192,9 @@ def run(
     if iopl is not None:
         found.iopl = int(iopl)
     with nullcontext() if ioctls is None else _trace(ioctls):
-        result, console = _run(found, max_exits, device, disks, test_devices, captured=as_json)
+        result, console = _run(
+            found, max_exits, device, disks, test_devices, (trace, trace_filters), captured=as_json
+        )
     code = exitcodes.exit_code(result, as_qemu=test_devices)
     if as_json:
         write_json(_describe(found, result, code, console))
@@ -218,6 +226,7 @@ def _run(
     device: str,
     disks: tuple[DiskSpec, ...],
     test_devices: bool,
+    trace: tuple[str | None, tuple[str, ...]],
     *,
     captured: bool,
 ) -> tuple[RunResult, bytes]:
@@ -226,6 +235,7 @@ def _run(
     Returns:
         How it ended, and what it printed: all if ``captured``, else the last item.
     """
+    from pykvm.debug.export import traced
     from pykvm.guestlib import CONSOLE_PORT, EXIT_PORT
 
     with _machine(guest, device) as m:
@@ -241,7 +251,10 @@ def _run(
                 guest.prepare(m, show)
             except (AsmError, BootError) as error:
                 raise type(error)(f"{guest.name}: {error}") from error
-        result = m.run(guest.timeout, max_exits=max_exits)
+        with _usage():
+            watched = traced(m, *trace)
+        with watched:
+            result = m.run(guest.timeout, max_exits=max_exits)
         return result, finish()
 
 

@@ -40,6 +40,8 @@ ABI_USERS = {
     "devices.serial": "the registers of a UART, which C serves",
     "devices.virtio.queue": "rings in guest memory, which C walks",
     "devices.access": "what C makes of an access for its handler",
+    "debug.trace": "the ring of exits that C fills",
+    "debug.planted": "tells C where a stop may be planted",
     "vcpu_thread": "drives the run loop in C",
     "cpu": "registers in the run page, by KVM_CAP_SYNC_REGS",
     "machine": "the numbers of exit reasons and flags",

@@ -96,7 +96,9 @@ def test_every_option_is_known_or_click_s_on_purpose() -> None:
         name for param in boot.params if isinstance(param, click.Option) for name in param.opts
     }
     assert known <= options
-    assert options - known == {"--disk", "--test-devices", "--ioctls", "--json", "--debug"}
+    assert options - known == {
+        "--disk", "--test-devices", "--ioctls", "--trace", "--trace-filter", "--json", "--debug",
+    }  # fmt: skip
 
 
 def run(*words: str) -> tuple[int, str, set[str]]:
