@@ -31,9 +31,11 @@ class Histogram:
 
     def add(self, ns: int) -> None:
         """Count one duration."""
-        self.buckets[min(ns.bit_length(), BUCKETS - 1)] += 1
+        bits = ns.bit_length()
+        self.buckets[bits if bits < BUCKETS else BUCKETS - 1] += 1
         self.total += ns
-        self.longest = max(self.longest, ns)
+        if ns > self.longest:
+            self.longest = ns
 
     @property
     def count(self) -> int:
@@ -86,13 +88,14 @@ class Counters:
 
     def done(self, began: int, bytes_in: int, bytes_out: int, error: bool = False) -> None:
         """Count a request that was taken at ``began`` (``time.perf_counter_ns()``)."""
-        now = perf_counter_ns()
+        ns = perf_counter_ns() - began
+        latency = self.latency
         with self._lock:
             self.requests += 1
             self.bytes_in += bytes_in
             self.bytes_out += bytes_out
             self.errors += error
-            self.latency.add(now - began)
+            latency.add(ns)
 
     def add(self, name: str, by: int = 1) -> None:
         """Count something else, by its name."""

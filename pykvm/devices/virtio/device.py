@@ -376,8 +376,12 @@ class VirtioDevice:
         with self.lock:
             if not self.activated or not self.queue_ready(index):
                 return
-            self.counters.add("notifies")
-            more = self._guarded(lambda: self.queue_notify(index))
+            self.counters.notifies += 1  # the lock is enough for it
+            try:
+                more = self.queue_notify(index)
+            except GuestError as error:
+                self.needs_reset(str(error))
+                return
         if more and self.io is not None:
             self.io.call(lambda: self.notify(index))
 
