@@ -411,6 +411,22 @@ def test_more_than_a_queue_in_one_go_is_left_for_the_next() -> None:
     io.close()
 
 
+def test_however_often_the_doorbell_rings_one_queue_is_asked_for_once() -> None:
+    io = IoThread()
+
+    class Endless(Echo):
+        def queue_notify(self, index: int) -> bool:
+            return True
+
+    with VirtioGuest(Endless(), io=io) as guest:
+        guest.start()
+        with io.quiesce():
+            for _ in range(100):
+                guest.device.notify(0)
+            assert len(io._calls) == 1
+    io.close()
+
+
 def test_its_state_survives_json_and_goes_on_elsewhere(guest: VirtioGuest) -> None:
     driver, _ = guest.start(VERSION_1 | EVENT_IDX)
     send(guest, driver, b"hello")

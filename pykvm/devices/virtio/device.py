@@ -99,6 +99,7 @@ class VirtioDevice:
         self.config_generation = 0
         self.broken = ""
         self.counters = Counters()
+        self._again: set[int] = set()  # queues that the I/O thread is asked to go on with
         self.interrupt: Interrupt = NoInterrupt()
         self.io: IoThread | None = None
         self.synchronous = True
@@ -382,8 +383,16 @@ class VirtioDevice:
             except GuestError as error:
                 self.needs_reset(str(error))
                 return
-        if more and self.io is not None:
-            self.io.call(lambda: self.notify(index))
+            if not more or self.io is None or index in self._again:
+                return
+            self._again.add(index)
+        self.io.call(lambda: self._serve_rest(index))
+
+    def _serve_rest(self, index: int) -> None:
+        """Serve what was more than a queue's size."""
+        with self.lock:
+            self._again.discard(index)
+        self.notify(index)
 
     def _guarded(self, function: Callable[[], Any]) -> Any:
         try:
