@@ -94,16 +94,27 @@ class Runs(Hooks):
             for cpu in cpus:
                 cpu._runner.owner = RESERVED
             background = Background(self)
-            if self.pc is not None:
-                self.pc.run_begins()  # here, so that the console can be waited on at once
+            self._devices_begin()  # here, so that a console can be waited on at once
             background.begin(lambda: self._run_them(cpus, timeout, max_exits))
         except BaseException:
-            if self.pc is not None:
-                self.pc.run_ended()
+            self._devices_ended()
             self._background_ended()
             raise
         self._background = background
         return background
+
+    def _devices_begin(self) -> None:
+        if self.pc is not None:
+            self.pc.run_begins()
+        if self._virtio is not None:
+            self._virtio.run_begins()
+
+    def _devices_ended(self) -> None:
+        """What the guest asked for before the end is done, and nobody waits for more."""
+        if self.pc is not None:
+            self.pc.run_ended()
+        if self._virtio is not None:
+            self._virtio.run_ended()
 
     def _background_ended(self) -> None:
         for runner in self._runners:
@@ -138,18 +149,12 @@ class Runs(Hooks):
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
             deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(timeout * 1e9)
-        if self.pc is not None:
-            self.pc.run_begins()
-        if self._virtio is not None:
-            self._virtio.run_begins()
+        self._devices_begin()
         began = time.monotonic()
         try:
             cpu, end = self._run(cpus, deadline, max_exits)
         finally:
-            if self.pc is not None:
-                self.pc.run_ended()
-            if self._virtio is not None:
-                self._virtio.run_ended()
+            self._devices_ended()
         seconds = time.monotonic() - began
         exits = sum(cpu._runner.c.exits for cpu in cpus) - before
         result = RunResult(

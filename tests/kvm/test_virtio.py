@@ -196,6 +196,18 @@ def test_expect_ends_with_the_run() -> None:
             console.expect(re.compile(b"never"))
 
 
+def test_a_console_can_be_waited_on_as_soon_as_a_run_has_started() -> None:
+    console = Console()
+    code = "mov edi, 0xd0000108; mov byte ptr [rdi], '#'; hlt"
+    m, _ = machine(console, "thread", code=code)
+    with m:
+        for _ in range(3):
+            m.cpu.enter("long64", entry=0x8000)
+            running = m.start(timeout=GENEROUS)
+            assert console.expect(b"#", timeout=GENEROUS) == b"#"
+            assert running.wait().reason == reasons.HALTED
+
+
 def test_nothing_is_left_behind() -> None:
     before = set(os.listdir("/proc/self/fd"))
     for _ in range(3):
