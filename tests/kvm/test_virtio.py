@@ -38,9 +38,9 @@ PROBE = """
 SERVED = """
         mov dword ptr [rdi + 0x50], QUEUE
     wait:
-        cmp word ptr [0x22002], 0
-        je wait
-        mov eax, [rdi + 0x60]               # interrupt status
+        mov eax, [rdi + 0x60]               # interrupt status: the used ring is first
+        test eax, eax
+        jz wait
         mov [0x1f000], eax
         mov [rdi + 0x64], eax
         mov eax, [rdi + 0x60]
