@@ -138,9 +138,19 @@ def make_initrd(path: Path, blob: bytes = b"") -> Path:
 
 
 def watch(
-    command: Sequence[str], environment: Mapping[str, str], marks: Sequence[bytes]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    marks: Sequence[bytes],
+    *,
+    to_end: bool = True,
 ) -> list[tuple[float, int]]:
-    """Run a program to its end, and note when each mark came through the pipe.
+    """Run a program, and note when each mark came through the pipe.
+
+    Args:
+        command: what to run.
+        environment: its environment.
+        marks: what to look for in its output, in this order.
+        to_end: let it end by itself; else it is killed at the last mark.
 
     Returns:
         Of each mark, in order: seconds since the process was started, and where in the output.
@@ -157,7 +167,7 @@ def watch(
     with child:
         assert child.stdout is not None and child.stderr is not None
         try:
-            found, output = _follow(child.stdout.fileno(), start, marks)
+            found, output = _follow(child.stdout.fileno(), start, marks, to_end)
         finally:
             child.kill()
         errors = child.stderr.read().decode(errors="replace")
@@ -167,10 +177,12 @@ def watch(
     return found
 
 
-def _follow(fd: int, start: float, marks: Sequence[bytes]) -> tuple[list[tuple[float, int]], bytes]:
+def _follow(
+    fd: int, start: float, marks: Sequence[bytes], to_end: bool
+) -> tuple[list[tuple[float, int]], bytes]:
     output = bytearray()
     found: list[tuple[float, int]] = []
-    while (left := start + PATIENCE - perf_counter()) > 0:
+    while (left := start + PATIENCE - perf_counter()) > 0 and (to_end or len(found) < len(marks)):
         if not select.select([fd], [], [], left)[0]:
             break
         data = os.read(fd, 1 << 16)
