@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 from benches.measure import BenchError, NotHere
-from pykvm import Machine, asm
+from pykvm.suitability import ring0_is_emulated
 from tests.rig.initramfs import cpio
 
 MARKER = b"MARKER: user space"
@@ -102,19 +102,9 @@ def cloud_kernel(native: bool = True) -> Path:
     for program in ("qemu-system-x86_64", "busybox"):
         if not shutil.which(program):
             raise NotHere(f"{program} is not installed")
-    if native and not ring0_is_native():
+    if native and ring0_is_emulated():
         raise NotHere("this KVM emulates ring 0, which takes minutes over a stock kernel")
     return images[-1]
-
-
-def ring0_is_native() -> bool:
-    """Whether two million instructions in ring 0 take less than 0.4 s: emulated, they take 1.4."""
-    with Machine("2M") as m:
-        m.load(asm("mov ecx,1000000; l: dec ecx; jnz l; hlt"), at=0x8000)
-        m.cpu.enter("long64", entry=0x8000)
-        began = perf_counter()
-        m.run(timeout=60).check()
-        return perf_counter() - began < 0.4
 
 
 def forget_unpacked(scratch: Path) -> None:
