@@ -133,6 +133,7 @@ def watch(
     marks: Sequence[bytes],
     *,
     to_end: bool = True,
+    errors_too: bool = False,
 ) -> list[tuple[float, int]]:
     """Run a program, and note when each mark came through the pipe.
 
@@ -141,6 +142,7 @@ def watch(
         environment: its environment.
         marks: what to look for in its output, in this order.
         to_end: let it end by itself; else it is killed at the last mark.
+        errors_too: its standard error is output, too.
 
     Returns:
         Of each mark, in order: seconds since the process was started, and where in the output.
@@ -150,17 +152,17 @@ def watch(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if errors_too else subprocess.PIPE,
         env=environment,
         bufsize=0,
     )
     with child:
-        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout is not None
         try:
             found, output = _follow(child.stdout.fileno(), start, marks, to_end)
         finally:
             child.kill()
-        errors = child.stderr.read().decode(errors="replace")
+        errors = child.stderr.read().decode(errors="replace") if child.stderr else ""
     if len(found) < len(marks):
         tail = output[-500:].decode(errors="replace")
         raise BenchError(f"{' '.join(command)}: no {marks[len(found)]!r} in:\n{tail}\n{errors}")
