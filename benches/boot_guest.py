@@ -19,7 +19,7 @@ from pathlib import Path
 from time import perf_counter
 
 from benches.measure import BenchError, NotHere
-from pykvm import Machine, asm
+from pykvm.suitability import ring0_is_emulated
 from tests.rig.initramfs import cpio
 
 MARKER = b"MARKER: user space"
@@ -102,19 +102,9 @@ def cloud_kernel(native: bool = True) -> Path:
     for program in ("qemu-system-x86_64", "busybox"):
         if not shutil.which(program):
             raise NotHere(f"{program} is not installed")
-    if native and not ring0_is_native():
+    if native and ring0_is_emulated():
         raise NotHere("this KVM emulates ring 0, which takes minutes over a stock kernel")
     return images[-1]
-
-
-def ring0_is_native() -> bool:
-    """Whether two million instructions in ring 0 take less than 0.4 s: emulated, they take 1.4."""
-    with Machine("2M") as m:
-        m.load(asm("mov ecx,1000000; l: dec ecx; jnz l; hlt"), at=0x8000)
-        m.cpu.enter("long64", entry=0x8000)
-        began = perf_counter()
-        m.run(timeout=60).check()
-        return perf_counter() - began < 0.4
 
 
 def forget_unpacked(scratch: Path) -> None:
@@ -138,9 +128,21 @@ def make_initrd(path: Path, blob: bytes = b"") -> Path:
 
 
 def watch(
-    command: Sequence[str], environment: Mapping[str, str], marks: Sequence[bytes]
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    marks: Sequence[bytes],
+    *,
+    to_end: bool = True,
+    errors_too: bool = False,
 ) -> list[tuple[float, int]]:
-    """Run a program to its end, and note when each mark came through the pipe.
+    """Run a program, and note when each mark came through the pipe.
+
+    Args:
+        command: what to run.
+        environment: its environment.
+        marks: what to look for in its output, in this order.
+        to_end: let it end by itself; else it is killed at the last mark.
+        errors_too: its standard error is output, too.
 
     Returns:
         Of each mark, in order: seconds since the process was started, and where in the output.
@@ -150,27 +152,29 @@ def watch(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        stderr=subprocess.STDOUT if errors_too else subprocess.PIPE,
         env=environment,
         bufsize=0,
     )
     with child:
-        assert child.stdout is not None and child.stderr is not None
+        assert child.stdout is not None
         try:
-            found, output = _follow(child.stdout.fileno(), start, marks)
+            found, output = _follow(child.stdout.fileno(), start, marks, to_end)
         finally:
             child.kill()
-        errors = child.stderr.read().decode(errors="replace")
+        errors = child.stderr.read().decode(errors="replace") if child.stderr else ""
     if len(found) < len(marks):
         tail = output[-500:].decode(errors="replace")
         raise BenchError(f"{' '.join(command)}: no {marks[len(found)]!r} in:\n{tail}\n{errors}")
     return found
 
 
-def _follow(fd: int, start: float, marks: Sequence[bytes]) -> tuple[list[tuple[float, int]], bytes]:
+def _follow(
+    fd: int, start: float, marks: Sequence[bytes], to_end: bool
+) -> tuple[list[tuple[float, int]], bytes]:
     output = bytearray()
     found: list[tuple[float, int]] = []
-    while (left := start + PATIENCE - perf_counter()) > 0:
+    while (left := start + PATIENCE - perf_counter()) > 0 and (to_end or len(found) < len(marks)):
         if not select.select([fd], [], [], left)[0]:
             break
         data = os.read(fd, 1 << 16)

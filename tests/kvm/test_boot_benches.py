@@ -22,6 +22,8 @@ def test_a_stock_kernel_reaches_the_marks(who: str, tmp_path: Path) -> None:
         kernel = guest.cloud_kernel()
     except NotHere as error:
         pytest.skip(str(error))
+    if who == "qemu" and "nohz=off" not in Path("/proc/cmdline").read_text():
+        pytest.skip("this kernel's tick can stop for good in the rig: --append 'nohz=off'")
     initrd = guest.make_initrd(tmp_path / "initrd.gz", BLOB)
     command = {
         "pykvm": guest.pykvm(kernel, initrd),

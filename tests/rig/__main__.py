@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
         "--qemu", action="append", default=[], metavar="ARG", help="one more argument for QEMU"
     )
     parser.add_argument(
+        "--append", default="", metavar="TEXT", help="more of the rig's kernel's command line"
+    )
+    parser.add_argument(
         "-v", "--verbose", action="store_true", help="show the kernel's console too"
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND …")
@@ -125,7 +128,9 @@ def _run(options: argparse.Namespace) -> int:
             shared=options.share,
             environment=guest.guest_environment(dict(pairs)),
             timeout=options.timeout,
-            machine=guest.Machine(options.cpus, options.memory, more=tuple(options.qemu)),
+            machine=guest.Machine(
+                options.cpus, options.memory, append=options.append, more=tuple(options.qemu)
+            ),
             output=_write,
             console=_write if options.verbose else lambda text: None,
         )

@@ -39,6 +39,7 @@ class Machine:
     # ERMS says that REP MOVSB is the fastest way to copy; emulated it goes byte by byte, and what
     # kernel and libc choose without it copies five times faster.
     cpu: str = "max,la57=off,erms=off"
+    append: str = ""  # to the kernel's command line
     more: tuple[str, ...] = ()  # further arguments for QEMU
 
 
@@ -108,7 +109,7 @@ def qemu_command(machine: Machine, kernel: KernelImage, initramfs: Path, run: Pa
         "-append",
         # No watchdog may take a slow emulated CPU for a stuck one; a panic ends QEMU.
         "console=ttyS0 loglevel=6 panic=-1 nowatchdog mitigations=off no_timer_check "
-        "tsc=reliable random.trust_cpu=on rcupdate.rcu_expedited=1",
+        f"tsc=reliable random.trust_cpu=on rcupdate.rcu_expedited=1 {machine.append}".rstrip(),
         *("-chardev", f"file,id=console,path={_qemu_value(run / 'console.log')}"),
         *("-serial", "chardev:console"),
         *("-fsdev", f"{share},id=host,path=/,readonly=on"),

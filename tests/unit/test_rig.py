@@ -274,6 +274,16 @@ def test_a_machine_that_does_not_switch_off_is_killed(
     assert boot('echo 0 >"$RUN/status"; exec sleep 600').status == 0
 
 
+def test_more_can_be_appended_to_the_kernels_command_line(tmp_path: Path) -> None:
+    kernel = host.KernelImage(tmp_path / "vmlinuz", tmp_path)
+    plain, more = (
+        guest.qemu_command(guest.Machine(append=text), kernel, tmp_path / "i", tmp_path)
+        for text in ("", "nohz=off")
+    )
+    (changed,) = ((a, b) for a, b in zip(plain, more, strict=True) if a != b)
+    assert changed[1] == changed[0] + " nohz=off"
+
+
 def test_qemu_is_told_paths_with_commas(tmp_path: Path) -> None:
     kernel = host.KernelImage(tmp_path / "vmlinuz", tmp_path / "1")
     command = guest.qemu_command(guest.Machine(), kernel, tmp_path / "i", Path("/a,b"))
