@@ -88,6 +88,41 @@ static void latch_access(struct pykvm_latch *latch, struct pykvm_access *access)
     put(access, bits);
 }
 
+static void pci_address(struct pykvm_pci *pci, struct pykvm_access *access)
+{
+    if (access->offset != 0 || access->size != sizeof pci->address) { /* no access to it */
+        if (!access->is_write)
+            put(access, PYKVM_ALL_ONES);
+    } else if (access->is_write) {
+        __atomic_store_n(&pci->address, (uint32_t)access->value, __ATOMIC_SEQ_CST);
+    } else {
+        put(access, __atomic_load_n(&pci->address, __ATOMIC_SEQ_CST));
+    }
+}
+
+/* A read of configuration space; whether C has served it. */
+static int pci_read(struct pykvm_pci *pci, struct pykvm_access *access)
+{
+    uint32_t address = __atomic_load_n(&pci->address, __ATOMIC_SEQ_CST);
+    uint32_t device = address >> 11 & 31;
+    uint32_t first = (address & 0xfc) + (uint32_t)access->offset; /* below 256 */
+    uint32_t count = 4 - (uint32_t)access->offset; /* of the four bytes that are addressed */
+    const uint8_t *config = NULL;
+
+    put(access, PYKVM_ALL_ONES);
+    if (count > access->size)
+        count = access->size;
+    if (address >> 31 && !(address & 0x00ff0700)) /* enabled; bus 0, function 0 */
+        config = pci->config[device];
+    if (!config)
+        return 1;
+    uint32_t live = pci->live[device];
+    if (live && first < live + 4 && live < first + count)
+        return 0;
+    memcpy(access->data, config + first, count);
+    return 1;
+}
+
 static int64_t ask_python(struct pykvm_access *access, int64_t result)
 {
     access->pending = PYKVM_UNANSWERED;
@@ -139,6 +174,11 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
     case PYKVM_LATCH:
         latch_access(range->device, access);
         return PYKVM_SERVED;
+    case PYKVM_PCI_ADDRESS:
+        pci_address(range->device, access);
+        return PYKVM_SERVED;
+    case PYKVM_PCI_DATA:
+        return pci_read(range->device, access) ? PYKVM_SERVED : ask_python(access, PYKVM_ACCESS);
     case PYKVM_STOP:
         return ask_python(access, PYKVM_STOPPED);
     default:

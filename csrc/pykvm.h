@@ -39,6 +39,8 @@ enum pykvm_action {
     PYKVM_UART,     /* registers of the struct pykvm_uart `device` */
     PYKVM_CLOCK,    /* reads answer the time of the struct pykvm_clock `device`; writes vanish */
     PYKVM_LATCH,    /* registers of the struct pykvm_latch `device` */
+    PYKVM_PCI_ADDRESS, /* the address register of the struct pykvm_pci `device` */
+    PYKVM_PCI_DATA,    /* its data register; reads only, and those of `live` go to Python */
 };
 
 /* One access as LOG writes it down; 32 bytes. */
@@ -133,6 +135,16 @@ struct pykvm_latch {
 
 /* Set bits, from any thread. */
 void pykvm_latch_set(struct pykvm_latch *latch, uint32_t bits);
+
+/*
+ * PCI configuration mechanism 1 (PCI Local Bus 3.0, 3.2.2.3.2): ports 0xcf8 and 0xcfc, and the
+ * configuration space of function 0 of each device on bus 0.
+ */
+struct pykvm_pci {
+    uint32_t address;    /* what was written to 0xcf8 */
+    uint8_t *config[32]; /* 256 bytes by device number, or NULL: there is none */
+    uint8_t live[32];    /* offset of four bytes that Python reads; 0: none */
+};
 
 /* ---- guest memory, as C sees it -------------------------------------------------------------- */
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pykvm.boot import BootPlan
     from pykvm.console import Console
     from pykvm.devices.bus import Claim, Handler
+    from pykvm.devices.pci import PciRoot
     from pykvm.host import Host
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.kvm import Kvm, Vm
@@ -329,18 +330,23 @@ class Machine(Runs, Debugging):
         device: Virtio,
         *,
         io: str = "thread",
+        transport: str | None = None,
         base: int | None = None,
         gsi: int | None = None,
     ) -> Virtio:
         """Put a virtio device into the machine, and return it. Before :meth:`boot`.
 
-        It has a virtio-mmio window, which a booted kernel finds by ACPI; other guests are told.
+        On a machine with an irqchip, as stock kernels need it, it is a PCI device; others have a
+        virtio-mmio window, which takes a tiny guest less to drive.
 
         Args:
             device: ``pykvm.virtio.Rng()`` and its like.
             io: who serves it when the guest rings its doorbell: ``"thread"``, the I/O thread, while
                 the guest goes on; ``"sync"``, the vCPU's own thread, before the guest's next
                 instruction, so that the same guest always does the same.
+            transport: ``"pci"``: a device on the PCI bus, found by ports 0xcf8 and 0xcfc, with
+                MSI-X; without ``irqchip`` the guest polls. ``"mmio"``: a window, which a booted
+                kernel finds by ACPI. None: as above, and MMIO if ``base`` or ``gsi`` is given.
             base: guest-physical address of the window; default one page for each device from
                 0xd0000000 on.
             gsi: interrupt line, edge-triggered; default 16 for the first device, and on from there.
@@ -357,7 +363,7 @@ class Machine(Runs, Debugging):
             raise ValueError("the machine was booted already: give it its devices before boot()")
         if self._virtio is None:
             self._virtio = Attachments(self)
-        self._virtio.add(device, io=io, base=base, gsi=gsi)
+        self._virtio.add(device, io=io, transport=transport, base=base, gsi=gsi)
         return device
 
     def disk(
@@ -371,12 +377,13 @@ class Machine(Runs, Debugging):
         serial: str = "",
         queues: int = 1,
         io: str = "thread",
+        transport: str | None = None,
     ) -> Blk:
         """Give the guest a disk, a virtio block device; Linux's names are /dev/vda, /dev/vdb, …
 
         Args:
             path: a file or block device, which is locked against a second writer; or a ``DiskSpec``
-                that says all but ``queues`` and ``io``.
+                that says all but ``queues``, ``io`` and ``transport``.
             readonly: the guest cannot write it.
             overlay: it can, and what it writes is thrown away with the machine.
             cache: ``"writeback"``, the default: what the guest flushes is on the medium.
@@ -384,7 +391,7 @@ class Machine(Runs, Debugging):
             format: ``"raw"`` or another one, for which QEMU's tools are needed; default raw.
             serial: the disk's ID, 20 ASCII characters at most.
             queues: request queues.
-            io: see :meth:`virtio`.
+            io, transport: see :meth:`virtio`.
 
         Returns:
             The device: ``refresh()`` tells the guest when the image has grown.
@@ -407,7 +414,7 @@ class Machine(Runs, Debugging):
             )
         device = virtio.disk(path, queues=queues)
         try:
-            return self.virtio(device, io=io)
+            return self.virtio(device, io=io, transport=transport)
         except BaseException:
             device.close()
             raise
@@ -416,6 +423,11 @@ class Machine(Runs, Debugging):
     def devices(self) -> dict[str, VirtioDevice]:
         """The virtio devices by name: "rng", and a second one "rng1"."""
         return self._virtio.devices if self._virtio is not None else {}
+
+    @property
+    def pci(self) -> PciRoot | None:
+        """The PCI bus, or None: no device is on one."""
+        return self._virtio.pci if self._virtio is not None else None
 
     @property
     def virtio_windows(self) -> list[tuple[int, int, int]]:

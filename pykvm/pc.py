@@ -115,7 +115,8 @@ class Pc:
             cpus=len(machine.cpus),
         ).attach(pio, 0x70)
         I8042(self._on_reset).attach(pio, 0x60)
-        PciNone().attach(pio, 0xCF8)
+        if machine.pci is None:
+            PciNone().attach(pio, places.PCI_ADDRESS)
         ResetControl(self._on_reset).attach(pio, places.RESET)
         FastA20(self._on_reset).attach(pio, 0x92)
         PostCode().attach(pio, 0x80)
@@ -249,6 +250,7 @@ def boot(
             base=places.ACPI_BASE,
             pic=machine.irqchip.has_pic,
             virtio=machine.virtio_windows,
+            pci=machine.pci is not None,
         )
         pc.plan = plan = loaders.load(
             machine.memory,

@@ -21,10 +21,12 @@ import os
 from pykvm.arch.x86_64 import pc as places
 from pykvm.devices.disk.spec import DiskSpec
 from pykvm.devices.io_thread import IoThread
+from pykvm.devices.pci import PciRoot
 from pykvm.devices.virtio.blk import Blk
 from pykvm.devices.virtio.console import VirtioConsole as Console
 from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.mmio import LENGTH, VirtioMmio
+from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.devices.virtio.rng import Rng
 
 TYPE_CHECKING = False
@@ -58,6 +60,8 @@ class Attachments:
     Attributes:
         devices: by name: "rng", and a second one "rng1".
         windows: the virtio-mmio windows, in order.
+        pci: the PCI bus, once a device is on it.
+        functions: the virtio-pci devices, in order.
         io: the I/O thread, which starts when it is first needed.
         threads: it, and one for each device that waits for the host (``VirtioDevice.WAITS``).
         error: what a device raised in the I/O thread, or None.
@@ -69,14 +73,57 @@ class Attachments:
         self._gsis: list[int | None] = []
         self.devices: dict[str, VirtioDevice] = {}
         self.windows: list[VirtioMmio] = []
+        self.pci: PciRoot | None = None
+        self.functions: list[VirtioPci] = []
         self.io = IoThread(on_error=self._failed)
         self.threads = [self.io]
         self.error: BaseException | None = None
 
-    def add(self, device: VirtioDevice, *, io: str, base: int | None, gsi: int | None) -> None:
+    def add(
+        self,
+        device: VirtioDevice,
+        *,
+        io: str,
+        transport: str | None,
+        base: int | None,
+        gsi: int | None,
+    ) -> None:
         """See ``Machine.virtio``."""
         if io not in ("thread", "sync"):
             raise ValueError(f'io is "thread" or "sync", not {io!r}')
+        if transport not in (None, "pci", "mmio"):
+            raise ValueError(f'transport is "pci", "mmio" or None, not {transport!r}')
+        placed = base is not None or gsi is not None
+        if transport == "pci" and placed:
+            raise ValueError("base= and gsi= are for virtio-mmio; PCI devices are found")
+        if transport is None:
+            # A stock kernel needs an irqchip and drives PCI devices; who says where, knows MMIO.
+            transport = "pci" if self._machine.irqchip is not None and not placed else "mmio"
+        if transport == "pci":
+            self._add_pci(device, io == "sync")
+        else:
+            self._add_mmio(device, io == "sync", base, gsi)
+        self.devices[self._name(device)] = device
+
+    def _add_pci(self, device: VirtioDevice, synchronous: bool) -> None:
+        machine = self._machine
+        if self.pci is None:
+            self.pci = PciRoot(machine.pio, machine.mmio)
+        irqchip = machine.irqchip
+        self.functions.append(
+            VirtioPci(
+                device,
+                machine.memory,
+                root=self.pci,
+                lines=irqchip.messages if irqchip is not None else None,
+                io=self._thread(device),
+                synchronous=synchronous,
+            )
+        )
+
+    def _add_mmio(
+        self, device: VirtioDevice, synchronous: bool, base: int | None, gsi: int | None
+    ) -> None:
         machine, number = self._machine, len(self.windows)
         if base is None:
             base = places.VIRTIO_MMIO + number * LENGTH
@@ -102,7 +149,7 @@ class Attachments:
                 base=base,
                 irq=irq,
                 io=self._thread(device),
-                synchronous=io == "sync",
+                synchronous=synchronous,
             )
         except BaseException:
             if irq is not None:
@@ -111,7 +158,6 @@ class Attachments:
             raise
         self.windows.append(window)
         self._gsis.append(gsi)
-        self.devices[self._name(device)] = device
 
     def _thread(self, device: VirtioDevice) -> IoThread:
         if not device.WAITS:
@@ -187,6 +233,10 @@ class Attachments:
             thread.close()
         for window in self.windows:
             window.close()
+        for function in self.functions:
+            function.close()
+        if self.pci is not None:
+            self.pci.close()
         for irq in self._irqs:
             os.close(irq)
         self._irqs.clear()

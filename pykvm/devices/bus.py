@@ -45,8 +45,8 @@ class Claim:
         on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
         value: what reads answer where the action does not say.
         handler: the Python handler, or None.
-        device: the :class:`Fifo`, :class:`Log`, ``Serial``, :class:`Clock` or :class:`Latch` behind
-            it, or None.
+        device: the :class:`Fifo`, :class:`Log`, ``Serial``, :class:`Clock`, :class:`Latch` or
+            :class:`PciPorts` behind it, or None.
         c: the ``struct pykvm_range``, once it is on the bus.
         fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
     """
@@ -136,6 +136,8 @@ _ACTION_NAMES = {
     lib.PYKVM_UART: "uart",
     lib.PYKVM_CLOCK: "clock",
     lib.PYKVM_LATCH: "latch",
+    lib.PYKVM_PCI_ADDRESS: "pci",
+    lib.PYKVM_PCI_DATA: "pci",
 }
 
 
@@ -190,6 +192,37 @@ class Latch:
     def set(self, bits: int) -> None:
         """Set bits, beside those that are; from any thread."""
         lib.pykvm_latch_set(self.c, bits)
+
+
+class PciPorts:
+    """What C reads of PCI's configuration space: function 0 of 32 devices on bus 0.
+
+    Attributes:
+        c: the ``struct pykvm_pci``.
+    """
+
+    __slots__ = ("_kept", "c")
+
+    def __init__(self) -> None:
+        self.c = ffi.new("struct pykvm_pci *")
+        self._kept: dict[int, Any] = {}
+
+    @property
+    def address(self) -> int:
+        """The address register."""
+        return int(self.c.address)
+
+    @address.setter
+    def address(self, value: int) -> None:
+        self.c.address = value
+
+    def show(self, device: int, config: bytearray, live: int = 0) -> None:
+        """Have C answer reads from the 256 bytes of ``config``, but for the 4 from ``live`` on."""
+        if len(config) != 256:
+            raise ValueError(f"a configuration space has 256 bytes, not {len(config)}")
+        self._kept[device] = found = ffi.from_buffer("uint8_t[]", config, require_writable=True)
+        self.c.live[device] = live
+        self.c.config[device] = found
 
 
 class Bus:
@@ -318,6 +351,19 @@ class Bus:
         """
         return self._claim(first, 8, lib.PYKVM_LATCH, lib.PYKVM_LATCH, device=Latch())
 
+    def pci(self, first: int, ports: PciPorts, handler: Handler) -> tuple[Claim, Claim]:
+        """PCI's configuration ports: the address register, one port, and data, from the 4th on.
+
+        The handler gets what is written to the data register, and reads of ``live`` bytes.
+        """
+        address = lib.PYKVM_PCI_ADDRESS
+        return (
+            self._claim(first, 1, address, address, device=ports),
+            self._claim(
+                first + 4, 4, lib.PYKVM_PCI_DATA, lib.PYKVM_PYTHON, device=ports, handler=handler
+            ),
+        )
+
     def uart(self, first: int, serial: Serial) -> Claim:
         """The eight registers of a 16550A; ``Serial.attach`` calls this."""
         return self._claim(first, 8, lib.PYKVM_UART, lib.PYKVM_UART, device=serial)
@@ -362,21 +408,29 @@ class Bus:
         return rest
 
     def eventfd(
-        self, first: int, fd: int, *, size: int = 0, datamatch: int | None = None, value: int = 0
+        self,
+        first: int,
+        fd: int,
+        *,
+        size: int = 0,
+        datamatch: int | None = None,
+        value: int = 0,
+        length: int = 0,
     ) -> Claim:
         """A doorbell: a write adds 1 to the eventfd ``fd``, in the kernel where KVM can.
 
         Args:
-            first: port or address; ``size`` bytes wide, or 1 if that is 0.
+            first: port or address.
             fd: an eventfd, which stays the caller's and may be closed: the claim has a duplicate.
             size: in-kernel match of the width: 1, 2, 4, 8; 0 any (KVM_CAP_IOEVENTFD_ANY_LENGTH).
             datamatch: only this value rings in the kernel; others still ring through C.
             value: what reads answer.
+            length: of the range, for accesses that begin further up; default ``size``, or 1.
         """
         own = os.dup(fd)
         try:
             claim = self._claim(
-                first, max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, fd=own
+                first, length or max(size, 1), lib.PYKVM_CONSTANT, lib.PYKVM_EVENTFD, value, fd=own
             )
         except BaseException:
             os.close(own)
@@ -529,7 +583,9 @@ class Bus:
         return table, ranges, claims  # the claims keep ranges, rings and devices alive
 
 
-_IN_DEVICE = (lib.PYKVM_UART, lib.PYKVM_CLOCK, lib.PYKVM_LATCH)
+_IN_DEVICE = (
+    lib.PYKVM_UART, lib.PYKVM_CLOCK, lib.PYKVM_LATCH, lib.PYKVM_PCI_ADDRESS, lib.PYKVM_PCI_DATA,
+)  # fmt: skip
 """Actions whose state is a C structure of the device's."""
 
 

@@ -177,7 +177,7 @@ def test_a_wrong_attachment_is_refused(arguments: dict[str, Any], why: str) -> N
 
 def test_devices_have_names_windows_and_a_command_line() -> None:
     with pykvm.Machine("2M", irqchip=True) as m:
-        first, second = m.virtio(Rng()), m.virtio(Rng(), gsi=5)
+        first, second = m.virtio(Rng(), transport="mmio"), m.virtio(Rng(), gsi=5)
         assert m.devices == {"rng": first, "rng1": second}
         assert m.virtio_windows == [(0xD000_0000, 0x1000, 16), (0xD000_1000, 0x1000, 5)]
         assert m.virtio_cmdline == (

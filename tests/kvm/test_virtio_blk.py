@@ -18,12 +18,12 @@ import pytest
 import pykvm
 from pykvm import result as reasons
 from pykvm.errors import DiskError
-from pykvm.virtio import Blk, DiskSpec
+from pykvm.virtio import Blk, DiskSpec, Rng
 from tests.kvm.test_virtio import GENEROUS, PROBE, SERVED
 from tests.support import linux_disk, linux_guest
 from tests.support.vring_driver import WRITE, Driver
 
-MODULES = ("virtio_mmio", "virtio_blk")
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_rng")
 BOOT_SECONDS = 300.0
 CONTENT = bytes(n // 512 & 0xFF for n in range(64 * 1024))
 
@@ -133,12 +133,15 @@ def boot(kernel: Path, initrd: Path) -> Iterator[Boot]:
         cpus: int = 1,
         memory: str = "192M",
         queues: int = 1,
+        transport: str | None = None,
+        irqchip: str = "kernel",
         meanwhile: Callable[[pykvm.Machine], None] = lambda m: None,
     ) -> tuple[pykvm.Machine, str]:
-        m = pykvm.Machine(memory, cpus=cpus, irqchip=True, pit=True)
+        m = pykvm.Machine(memory, cpus=cpus, irqchip=irqchip, pit=irqchip == "kernel")
         machines.append(m)
         for disk in disks:
-            m.disk(disk, queues=queues)
+            m.disk(disk, queues=queues, transport=transport)
+        m.virtio(Rng(), transport=transport)
         m.boot(kernel, initrd=initrd, cmdline="console=ttyS0 panic=-1 quiet")
         helper = threading.Thread(target=meanwhile, args=(m,))
         helper.start()
@@ -155,6 +158,8 @@ def boot(kernel: Path, initrd: Path) -> Iterator[Boot]:
 
 
 FILES = r"""
+busybox grep virtio /proc/interrupts
+busybox dd if=/dev/hwrng of=/out/hwrng bs=64 count=1 2>/dev/null && echo "MARKER hwrng"
 busybox cat /sys/block/vda/queue/write_cache /sys/block/vda/queue/discard_granularity
 busybox dd if=/dev/urandom of=/out/random bs=64k count=40 2>/dev/null
 busybox sha256sum /out/random
@@ -177,13 +182,21 @@ def grow(m: pykvm.Machine) -> None:
     m.console.write(b"\n")
 
 
+VECTORS = {"mmio": r"IO-APIC +\d+-edge +virtio", "pci": r"PCI-MSI +\d+-edge +virtio0-req\.0"}
+
+
 @pytest.mark.watchdog(600)
-def test_linux_has_its_root_on_a_disk(boot: Boot, image: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("transport", ["pci", "mmio"])
+def test_linux_has_its_root_on_a_disk(
+    boot: Boot, image: Path, tmp_path: Path, transport: str
+) -> None:
     second, image = image, tmp_path / "root.img"
     linux_disk.root_image(image, 48 << 20, FILES)
     before = image.stat().st_blocks * 512
-    m, text = boot(image, second, meanwhile=grow)
+    m, text = boot(image, second, meanwhile=grow, transport=transport)
     assert "MARKER size 1048576" in text
+    assert re.search(VECTORS[transport], text) and "MARKER hwrng" in text, text[-3000:]
+    assert linux_disk.read_file(image, "/out/hwrng").strip(b"\0")
     assert "MARKER root /dev/vda / ext4 rw" in text and "write back" in text
     device = m.devices["blk"]
     assert isinstance(device, Blk)

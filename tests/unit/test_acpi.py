@@ -33,6 +33,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "two, and devices": {
         "cpus": 2, "virtio": [(0xD000_0000 + n * 0x1000, 0x1000, 16 + n) for n in range(4)],
     },
+    "a PCI bus": {"cpus": 1, "pci": True},
     "bare": {"cpus": 1, "com1": False, "pvpanic": None, "timer_pin": 0},
     "everything else": {
         "cpus": 16, "rtc": True, "edge": False, "base": 0xF0000, "pm_base": 0xB000,

@@ -74,6 +74,7 @@ def build_acpi(
     pm_base: int = pc.PM_BASE,
     reset: int = pc.RESET,
     pic: bool = True,
+    pci: bool = False,
 ) -> Acpi:
     """Make the tables of a PC.
 
@@ -94,6 +95,7 @@ def build_acpi(
         reset: the port of ``ResetControl``.
         pic: whether there is a pair of 8259As. Without them no timer hangs on GSI 0 either, and it
             has no override.
+        pci: whether there is a PCI bus, with the windows of ``pc.PCI_PORTS`` and ``PCI_MEMORY``.
 
     Raises:
         ValueError: the base, or more tables than there is room from it on.
@@ -105,7 +107,7 @@ def build_acpi(
         raise ValueError("a machine has at least one processor")
     rsdp_at = base
     facs_at = base + 64
-    dsdt = Dsdt(_definition_block(len(ids), com1, virtio, edge, pvpanic, rtc))
+    dsdt = Dsdt(_definition_block(len(ids), com1, virtio, edge, pvpanic, rtc, pci))
     dsdt_at = facs_at + 64
     fadt = _fadt(facs_at, dsdt_at, pm_base, reset, com1, rtc)
     fadt_at = _after(dsdt_at, dsdt)
@@ -200,6 +202,7 @@ def _definition_block(
     edge: bool,
     pvpanic: int | None,
     rtc: bool,
+    pci: bool,
 ) -> bytes:
     """Write the DSDT: what cannot be found by looking."""
     devices = [
@@ -222,9 +225,21 @@ def _definition_block(
     for number, (first, size, gsi) in enumerate(virtio):
         crs = aml.resources(aml.memory32(first, size), aml.interrupt(gsi, edge=edge))
         devices.append(_device(f"V{number:03X}", aml.string("LNRO0005"), number, crs))
+    if pci:
+        devices.append(_device("PCI0", aml.eisa_id("PNP0A03"), 0, _pci_windows()))
     off = aml.integer(pc.SLEEP_TYPE_OFF)
     return aml.scope("\\_SB", *devices) + aml.name(
         "\\_S5", aml.package(off, off, aml.integer(0), aml.integer(0))
+    )
+
+
+def _pci_windows() -> bytes:
+    """What the root of the PCI bus takes itself, and what it hands on."""
+    return aml.resources(
+        aml.window(aml.BUS_SPACE, 0, 0),
+        aml.io(pc.PCI_ADDRESS, 8),
+        aml.window(aml.IO_SPACE, pc.PCI_PORTS, pc.PCI_PORTS + pc.PCI_PORTS_LENGTH - 1),
+        aml.window(aml.MEMORY_SPACE, pc.PCI_MEMORY, pc.PCI_MEMORY + pc.PCI_MEMORY_LENGTH - 1),
     )
 
 

@@ -147,6 +147,20 @@ def interrupt(gsi: int, *, edge: bool) -> bytes:
     return pack("<BHBBI", 0x89, 6, 1 | edge << 1, 1, gsi)
 
 
+BUS_SPACE, IO_SPACE, MEMORY_SPACE = 2, 1, 0
+_PASSES_ON = 0x0C
+"""A bridge hands the range on to what is behind it, and neither end of it moves (6.4.3.5.1)."""
+
+
+def window(space: int, first: int, last: int) -> bytes:
+    """Encode a range of buses, ports or memory that a bridge hands on (6.4.3.5)."""
+    special = {BUS_SPACE: 0, IO_SPACE: 3, MEMORY_SPACE: 1}[space]  # all ports; writable
+    length = last - first + 1
+    if space == MEMORY_SPACE:
+        return pack("<BHBBBIIIII", 0x87, 23, space, _PASSES_ON, special, 0, first, last, 0, length)
+    return pack("<BHBBBHHHHH", 0x88, 13, space, _PASSES_ON, special, 0, first, last, 0, length)
+
+
 # ---- the way back --------------------------------------------------------------------------------
 
 _DEEPEST = 16
@@ -290,6 +304,12 @@ def _resources_text(data: bytes) -> str:
             _, _, flags, _, gsi = unpack_from("<BHBBI", rest)
             shown.append(f"Interrupt ({gsi}, {'Edge' if flags & 2 else 'Level'})")
             at += 9
+        elif rest[0] in (0x87, 0x88) and len(rest) > 3 + rest[1]:
+            form = "<BHBBBIIIII" if rest[0] == 0x87 else "<BHBBBHHHHH"
+            _, _, space, _, _, _, first, last, _, _ = unpack_from(form, rest)
+            kind = {0: "Memory", 1: "IO", 2: "BusNumber"}.get(space, "Space")
+            shown.append(f"{'DWord' if rest[0] == 0x87 else 'Word'}{kind} ({first:#x}, {last:#x})")
+            at += 3 + rest[1]
         else:
             break
     return f"Buffer () {{{data.hex(' ')}}}"

@@ -30,6 +30,8 @@ SLEEP_TYPE_OFF = 5
 """ACPI: what is written into the control block's SLP_TYP to turn the machine off (``_S5``)."""
 PCI_ADDRESS = 0xCF8
 """PCI configuration address; data at 0xcfc."""
+PCI_PORTS, PCI_PORTS_LENGTH = 0xC000, 0x4000
+"""ACPI: the ports that PCI devices may have."""
 RESET = 0xCF9
 """ACPI: the reset register."""
 RESET_VALUE = 0x06
@@ -45,6 +47,10 @@ VIRTIO_GSIS = (*range(16, 24), 5, 6, 7, 10, 11)
 """ACPI: interrupt lines of virtio-mmio devices, edge-triggered, in the order of their use."""
 ISA_IRQS = 16
 IOAPIC_PINS = 24
+
+FIRST_MSI_GSI = IOAPIC_PINS
+"""GSIs from here on are message-signalled interrupts of PCI devices; the guest has no names for
+them."""
 
 TIMER_PIN = 2
 """The IOAPIC input at which the timer's line arrives on PCs, for the PIC hangs on input 0."""
@@ -78,5 +84,7 @@ MP_BASE = 0xF0000
 """The MultiProcessor tables; looked for from here to 0xfffff."""
 VIRTIO_MMIO = 0xD0000000
 """ACPI: where virtio-mmio windows begin; one page each."""
+PCI_MEMORY, PCI_MEMORY_LENGTH = 0xE0000000, 0x10000000
+"""ACPI: the addresses that PCI devices may have; no RAM is there, see ``boot.layout``."""
 IOAPIC = 0xFEC00000
 LAPIC = 0xFEE00000
