@@ -44,12 +44,12 @@ def kernel() -> Path:
 
 @pytest.mark.watchdog(600)
 def test_linux_gets_randomness_and_talks_through_a_console(kernel: Path) -> None:
-    modules = ("virtio_mmio", "virtio_rng", "virtio_console")
+    modules = ("virtio_mmio", "virtio_pci", "virtio_rng", "virtio_console")
     initrd = linux_virtio.initrd(kernel, modules, SCRIPT)
     heard: list[bytes] = []
     with pykvm.Machine("192M", irqchip=True, pit=True) as m:
-        rng = m.virtio(Rng())
-        console = m.virtio(Console())
+        rng = m.virtio(Rng(), transport="mmio")
+        console = m.virtio(Console(), transport="pci")
         m.boot(kernel, initrd=initrd, cmdline="console=ttyS0 panic=-1 quiet")
 
         def talk() -> None:
