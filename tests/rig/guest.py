@@ -109,6 +109,8 @@ def qemu_command(machine: Machine, kernel: KernelImage, initramfs: Path, run: Pa
         "-append",
         # No watchdog may take a slow emulated CPU for a stuck one; a panic ends QEMU.
         "console=ttyS0 loglevel=6 panic=-1 nowatchdog mitigations=off no_timer_check "
+        # And the tick never stops: without it all of it stood still now and then, no timer fired.
+        "nohz=off highres=off "
         f"tsc=reliable random.trust_cpu=on rcupdate.rcu_expedited=1 {machine.append}".rstrip(),
         *("-chardev", f"file,id=console,path={_qemu_value(run / 'console.log')}"),
         *("-serial", "chardev:console"),
