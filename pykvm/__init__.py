@@ -29,6 +29,7 @@ from pykvm.errors import (
     KvmError,
     PykvmError,
     RunError,
+    SnapshotError,
     VcpuExitError,
 )
 from pykvm.machine import Machine
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from pykvm.assembler import Code, asm
     from pykvm.pool import Pool
+    from pykvm.snapshots import Snapshot
 
 __version__ = "0.1.0"
 
@@ -63,13 +65,15 @@ __all__ = [
     "PykvmError",
     "RunError",
     "RunResult",
+    "Snapshot",
+    "SnapshotError",
     "VcpuExitError",
     "__version__",
     "asm",
 ]
 
 _MODULES = ("virtio",)
-_LATER = {"Code": "assembler", "asm": "assembler", "Pool": "pool"}
+_LATER = {"Code": "assembler", "asm": "assembler", "Pool": "pool", "Snapshot": "snapshots"}
 
 
 def __getattr__(name: str) -> Any:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 REGS: int = lib.KVM_SYNC_X86_REGS
 SREGS: int = lib.KVM_SYNC_X86_SREGS
 _NOT_STARTED = (lib.KVM_MP_STATE_UNINITIALIZED, lib.KVM_MP_STATE_INIT_RECEIVED)
+EVENTS: int = lib.KVM_SYNC_X86_EVENTS
 
 
 class Cpu(GeneralRegisters):
@@ -119,6 +120,13 @@ class Cpu(GeneralRegisters):
         self._run.kvm_dirty_regs |= which
         self.entered = True
 
+    def put_back(self, entered: bool, ended: str) -> None:
+        """A snapshot was restored: what is remembered of the registers is not so any more."""
+        self._run.kvm_valid_regs = 0
+        self._regs_at = self._sregs_at = -1
+        self._power_on = None
+        self.entered, self.ended = entered, ended
+
     def close(self) -> None:
         """Let go of the run page; the machine calls this."""
         self._runner = _CLOSED
@@ -164,6 +172,8 @@ class Cpu(GeneralRegisters):
                 raise refused(self, "KVM_SET_SREGS") from error
         if run.kvm_dirty_regs & REGS:
             self._vcpu.set_regs(ffi.addressof(self._regs))
+        if run.kvm_dirty_regs & EVENTS:  # a snapshot was restored; after REGS, which drop some
+            self._vcpu.set_vcpu_events(ffi.addressof(run.s.regs.events))
         run.kvm_dirty_regs = 0
 
     @property
@@ -282,6 +292,7 @@ class Cpu(GeneralRegisters):
         self._runner.complete()
         vcpu = self._vcpu
         vcpu.set_vcpu_events(ffi.new("struct kvm_vcpu_events *"))
+        self._run.kvm_dirty_regs &= ~EVENTS
         if vcpu.get_mp_state() != lib.KVM_MP_STATE_RUNNABLE:
             vcpu.set_mp_state(lib.KVM_MP_STATE_RUNNABLE)
         self._regs_at = self._sregs_at = -1

@@ -11,6 +11,7 @@
     ├ AsmError(ValueError)          the assembler refused a line, or there is no assembler
     ├ BootError(ValueError)         an image cannot be loaded: which field, expected and found
     ├ DiskError                     a disk cannot be had: who holds it, or what has to be installed
+    ├ SnapshotError(ValueError)     a snapshot is damaged, newer, or not of this machine: the reason
     ├ VcpuExitError                 FAIL_ENTRY, INTERNAL_ERROR, SHUTDOWN: .exit and the explanation
     ├ RunError                      a run ended early (time-out, limit, unclaimed exit): .result
     ├ BusyError(RuntimeError)       the vCPU is running in another thread
@@ -105,6 +106,10 @@ class BootError(PykvmError, ValueError):
 
 class DiskError(PykvmError):
     """A disk cannot be opened as asked: the message says who holds it, or what to install."""
+
+
+class SnapshotError(PykvmError, ValueError):
+    """A snapshot cannot be taken, read or restored: the message says why."""
 
 
 class VcpuExitError(PykvmError):

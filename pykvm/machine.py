@@ -13,6 +13,7 @@ from pykvm.errors import ClosedError
 from pykvm.host import cpuid_of_one, has_gigapages, open_kvm, ram
 from pykvm.memory import GuestMemory
 from pykvm.runs import Runs
+from pykvm.snapshot_methods import SnapshotMethods
 from pykvm.vcpu_thread import Runner
 
 TYPE_CHECKING = False
@@ -40,7 +41,7 @@ TSS_ADDR = 0xFFFBD000
 """Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
 
-class Machine(Runs, Debugging):
+class Machine(Runs, Debugging, SnapshotMethods):
     """A virtual machine for tiny guests.
 
     ::
@@ -74,6 +75,7 @@ class Machine(Runs, Debugging):
         pc: the devices of a PC after :meth:`boot`, else None; ``m.console`` is its serial console.
         pio, mmio: the buses; their actions (``m.pio.fifo(0x3f8)``) need no Python per access.
         vm, kvm: the objects of :mod:`pykvm.kvm` below, for every other ioctl.
+        options: what it was made with, but for the memory.
 
     Raises:
         CapabilityError: no usable KVM, with the remedy.
@@ -96,6 +98,10 @@ class Machine(Runs, Debugging):
         if not 1 <= cpus <= MAX_CPUS:
             raise ValueError(f"cpus must be 1..{MAX_CPUS}, not {cpus}")
         kind = self._irqchip_kind(irqchip, pit, pic)
+        self.options = {
+            "cpus": cpus, "irqchip": kind, "pit": pit, "pic": pic, "features": features,
+            "cpuid": cpuid, "path": path,
+        }  # fmt: skip
         self.cpus: tuple[Cpu, ...] = ()
         self._runners: list[Runner] = []
         self._slots: list[Handler] = []

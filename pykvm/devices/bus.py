@@ -167,6 +167,14 @@ class Clock:
         self.c.base = ticks
         self.c.start = time.monotonic_ns()
 
+    def state(self) -> dict[str, Any]:
+        """What it shows."""
+        return {"ticks": self.now()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Run on from there."""
+        self.set(state["ticks"])
+
 
 class Latch:
     """Bits that a device sets and a guest takes back, as interrupt status registers have them.
@@ -192,6 +200,14 @@ class Latch:
     def set(self, bits: int) -> None:
         """Set bits, beside those that are; from any thread."""
         lib.pykvm_latch_set(self.c, bits)
+
+    def state(self) -> dict[str, Any]:
+        """The bits."""
+        return {"bits": self.bits}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take them back."""
+        self.bits = state["bits"]
 
 
 class PciPorts:
@@ -511,6 +527,15 @@ class Bus:
 
     def __iter__(self) -> Any:
         return iter(tuple(self._claims))
+
+    @property
+    def rest(self) -> Claim | None:
+        """The claim over all that is unclaimed, see :meth:`unclaimed`."""
+        return self._rest
+
+    def claims(self) -> tuple[Claim, ...]:
+        """Every claim by address, and last the one over what is unclaimed, if there is one."""
+        return self._all()
 
     def __len__(self) -> int:
         return len(self._claims)

@@ -168,6 +168,21 @@ class RingDevice:
                 self._kept.clear()
             return data
 
+    def state(self) -> dict[str, Any]:
+        """What was written and not read yet; with a sink that is nothing."""
+        with self._lock:
+            if self.sink is None:
+                self._kept += self._pop(quiet=False)
+            else:
+                self.drain()
+            return {"output": bytes(self._kept).hex()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        with self._lock:
+            self._pop(quiet=False)
+            self._kept[:] = bytes.fromhex(state["output"])
+
     def fileno(self) -> int:
         """An eventfd for select(): readable while there is something to read."""
         with self._lock:
@@ -213,6 +228,23 @@ class Fifo(RingDevice):
         """Queue bytes for the guest to read; any amount, at any time."""
         with self._lock:
             self._waiting += data
+            self._feed()
+
+    def state(self) -> dict[str, Any]:
+        """As for any output, and the input that the guest has not read yet."""
+        with self._lock:
+            items, count = self.input.pop()
+            waiting = bytes(ffi.buffer(items, count)) + bytes(self._waiting)
+            self._waiting[:] = waiting
+            self._feed()
+            return {**super().state(), "input": waiting.hex()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` returned."""
+        with self._lock:
+            super().restore(state)
+            self.input.pop()
+            self._waiting[:] = bytes.fromhex(state["input"])
             self._feed()
 
     def _feed(self) -> None:

@@ -45,7 +45,7 @@ class Backing:
     A mapping that is longer than ``size`` leaves room for a window that agrees with ``gpa``.
 
     Attributes:
-        kind: ``"anonymous"``, ``"memfd"`` or ``"file"``.
+        kind: ``"anonymous"``, ``"memfd"``, ``"file"`` or ``"private"``.
         fd: descriptor of a memfd or a shared file, owned by the backing, or -1.
         huge: None, ``"thp"``, ``"2M"`` or ``"1G"``.
         writable: whether the host mapping itself may be written.
@@ -224,6 +224,24 @@ def file(
         os.close(fd)
         fd = -1
     return Backing("file", mapping, size, fd=fd, path=path, writable=writable)
+
+
+def private(fd: int, size: int, offset: int = 0) -> Backing:
+    """Map ``size`` bytes of a descriptor privately: what is written here stays here.
+
+    Nobody may shorten the file meanwhile (a memfd can be sealed): an access beyond its end is
+    SIGBUS.
+
+    Raises:
+        ValueError: the file is too short.
+        OSError: it cannot be mapped.
+    """
+    check_pages(offset, "file offset")
+    left = os.fstat(fd).st_size - offset
+    if left < size:
+        raise ValueError(f"there are {left:#x} bytes from offset {offset:#x}, not {size:#x}")
+    mapping = _map(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, offset=offset)
+    return Backing("private", mapping, size)
 
 
 def _address(mapping: mmap.mmap) -> int:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     from .backing import Backing
+    from .host_writes import HostWrites
     from .ram_table import RamTable
     from .region_map import Piece
     from .words import Words
@@ -226,6 +227,44 @@ class GuestMemory:
             self._ram = RamTable(self)
         return self._ram
 
+    def track(self) -> HostWrites:
+        """Note from now on which pages the host writes; writing costs a little more then.
+
+        Pages under a writable view, also one handed out before, and all that devices see through
+        :meth:`table`, count as exposed: nobody can tell when they are written.
+        """
+        self._map.check_open()
+        writes = self._map.writes
+        if writes is None:
+            from .host_writes import HostWrites
+
+            self._map.writes = writes = HostWrites()
+            self._octets = _NO_OCTETS
+            for words in (self.u8, self.u16, self.u32, self.u64):
+                words.forget()
+            for piece in self._map.exposed:
+                writes.expose(*piece)
+        return writes
+
+    def add_private(
+        self,
+        gpa: int,
+        fd: int,
+        size: int | str,
+        *,
+        offset: int = 0,
+        readonly: bool = False,
+        slot: int | None = None,
+        name: str = "",
+    ) -> Region:
+        """Add a private copy of what a descriptor has at ``offset``, copied as it is written.
+
+        The descriptor stays the caller's and may be closed. Other arguments as for ``add``.
+        """
+        size = parse_size(size)
+        gpa, slot = self._map.place(gpa, size, slot)
+        return self._insert(slot, gpa, _backing.private(fd, size, offset), readonly, False, name)
+
     @property
     def regions(self) -> tuple[Region, ...]:
         """The regions, sorted by gpa."""
@@ -330,7 +369,10 @@ class GuestMemory:
         Only a file mapped shared and read-only stays closed to it.
         """
         data = _plain(data)
-        _store(self._map.writable(gpa, len(data), rom=True), data)
+        pieces = self._map.writable(gpa, len(data), rom=True)
+        if self._map.writes is not None:
+            _mark(self._map.writes, pieces)
+        _store(pieces, data)
 
     def view(self, gpa: int, length: int) -> memoryview:
         """Return a memoryview of ``length`` bytes from ``gpa``, without a copy, for any length.
@@ -341,6 +383,7 @@ class GuestMemory:
         """
         start, end, octets = self._octets
         if type(gpa) is int and type(length) is int and start <= gpa < gpa + length <= end:
+            self._map.expose(self._map.regions[self._map.index(gpa) - 1], gpa - start, length)
             return octets[gpa - start : gpa - start + length]
         pieces = self._map.readable(gpa, length)
         if len(pieces) != 1:
@@ -354,7 +397,10 @@ class GuestMemory:
             )
         region, at, _ = pieces[0]
         view = region.cells(1)[at : at + length]
-        return view.toreadonly() if region.readonly else view
+        if region.readonly:
+            return view.toreadonly()
+        self._map.expose(region, at, length)
+        return view
 
     def fill(self, gpa: int, length: int, value: int = 0) -> None:
         """Set ``length`` bytes from ``gpa`` to the byte ``value``.
@@ -365,6 +411,8 @@ class GuestMemory:
         if not 0 <= checked_int(value, "a value") <= 0xFF:
             raise ValueError(f"{value:#x} does not fit a byte: 0..0xff")
         pieces = self._map.writable(gpa, length)
+        if self._map.writes is not None:
+            _mark(self._map.writes, pieces)
         chunk = bytes((value,)) * min(length, _FILL_CHUNK)
         for region, at, size in pieces:
             cells, end = region.cells(1), at + size
@@ -469,7 +517,9 @@ class GuestMemory:
 
     def _write(self, gpa: int, data: Plain) -> None:
         pieces = self._map.writable(gpa, len(data))
-        if len(pieces) == 1:
+        if self._map.writes is not None:
+            _mark(self._map.writes, pieces)
+        elif len(pieces) == 1:
             region = pieces[0][0]
             self._octets = (region.guest_phys_addr, region.end, region.cells(1))
         _store(pieces, data)
@@ -511,6 +561,11 @@ def _plain(data: Any) -> Plain:
         return data
     view = memoryview(data)
     return view.cast("B") if view.c_contiguous else view.tobytes()
+
+
+def _mark(writes: HostWrites, pieces: list[Piece]) -> None:
+    for piece in pieces:
+        writes.mark(*piece)
 
 
 def _store(pieces: list[Piece], data: Plain) -> None:

@@ -22,11 +22,12 @@ class RamTable:
         views: of each region, by its id in C, all of it; read-only where the host may not write.
     """
 
-    __slots__ = ("_maps", "_regions", "c", "views")
+    __slots__ = ("_maps", "_memory_map", "_regions", "c", "views")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.c = ffi.new("struct pykvm_ram *")
         self.views: list[memoryview] = []
+        self._memory_map = memory._map
         self._regions: list[Region] = []
         self._maps: list[Any] = []  # a thread in C may still be using an old one
         self._publish()
@@ -35,6 +36,8 @@ class RamTable:
     def _add(self, region: Region) -> None:
         view = region.cells(1)[:]
         writable = region.writable_by_host and not region.readonly
+        if writable:
+            self._memory_map.expose(region, 0, region.memory_size)
         self.views.append(view if writable else view.toreadonly())
         self._regions.append(region)
         self._publish()

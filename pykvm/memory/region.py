@@ -38,12 +38,14 @@ class Region:
         log_dirty: KVM is to log which pages are written (KVM_MEM_LOG_DIRTY_PAGES). Whoever
             changes it registers the region again.
         name: a label for people, or "".
+        exposed: whether a writable view of it was made here, so that it may change unseen.
     """
 
     __slots__ = (
         "_backing",
         "_cells",
         "end",
+        "exposed",
         "guest_phys_addr",
         "log_dirty",
         "memory_size",
@@ -69,6 +71,7 @@ class Region:
         self.readonly = readonly
         self.log_dirty = log_dirty
         self.name = name
+        self.exposed = False
         self._backing = backing
         self._cells: dict[int, memoryview] | None = {}
 
@@ -91,7 +94,7 @@ class Region:
 
     @property
     def kind(self) -> str:
-        """What backs it: ``"anonymous"``, ``"memfd"`` or ``"file"``."""
+        """What backs it: ``"anonymous"``, ``"memfd"``, ``"file"`` or ``"private"``."""
         return self._backing.kind
 
     @property
@@ -120,7 +123,10 @@ class Region:
         It keeps the mapping alive, also past ``close()``.
         """
         view = self.cells(1)[:]
-        return view.toreadonly() if self.readonly else view
+        if self.readonly:
+            return view.toreadonly()
+        self.exposed = True
+        return view
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         """Give ``numpy.asarray(region)``: one byte per element, without a copy."""

@@ -16,6 +16,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
 
+    from .host_writes import HostWrites
     from .region import Region
 
     # (region, offset within it, length)
@@ -27,6 +28,7 @@ GPA_LIMIT = 1 << 52
 _SLOT_LIMIT = 1 << 16
 
 _MOST_SHOWN = 8
+_MOST_EXPOSED = 256
 
 
 class RegionMap:
@@ -35,13 +37,17 @@ class RegionMap:
     Attributes:
         regions: the regions, sorted.
         closed: True once nothing may be looked up any more.
+        writes: who must see each single write of the host, or None.
+        exposed: writable views that were handed out: (region, offset, length), each once or so.
     """
 
-    __slots__ = ("closed", "regions")
+    __slots__ = ("closed", "exposed", "regions", "writes")
 
     def __init__(self) -> None:
         self.regions: list[Region] = []
         self.closed = False
+        self.writes: HostWrites | None = None
+        self.exposed: list[Piece] = []
 
     def check_open(self) -> None:
         """Raise ClosedError once the memory was closed."""
@@ -167,6 +173,19 @@ class RegionMap:
                     length,
                 )
         return pieces
+
+    def expose(self, region: Region, at: int, length: int) -> None:
+        """Remember that a view lets somebody write here at any time, unseen."""
+        exposed = self.exposed
+        if exposed and exposed[-1] == (region, at, length):
+            return
+        if len(exposed) >= _MOST_EXPOSED:  # then it is all the same
+            exposed[:] = {each: (each, 0, each.memory_size) for each, _, _ in exposed}.values()
+            if (region, 0, region.memory_size) in exposed:
+                return
+        exposed.append((region, at, length))
+        if self.writes is not None:
+            self.writes.expose(region, at, length)
 
     def _outside(self, gpa: int, length: int, at: int) -> NoReturn:
         """Raise for an access whose byte ``at`` is in no region."""

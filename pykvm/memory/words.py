@@ -80,7 +80,15 @@ class Words:
         if not 0 <= value <= top:
             raise ValueError(f"{value:#x} does not fit u{8 * self._width}: 0..{top:#x}")
         pieces = self._map.writable(gpa, self._width)
-        if len(pieces) == 1:
+        if self._map.writes is not None:
+            for piece in pieces:
+                self._map.writes.mark(*piece)
+            if len(pieces) == 1:  # in one store, as ever, but not remembered
+                region, at, _ = pieces[0]
+                if not at & self._low:
+                    region.cells(self._width)[at >> self._shift] = value
+                    return
+        elif len(pieces) == 1:
             self._write = self._hit(pieces[0][0])
             self[checked_int(gpa, "a gpa")] = value
             return

@@ -44,6 +44,8 @@ ABI_USERS = {
     "debug.planted": "tells C where a stop may be planted",
     "vcpu_thread": "drives the run loop in C",
     "cpu": "registers in the run page, by KVM_CAP_SYNC_REGS",
+    "fuzzing": "drives the fuzz loop in C",
+    "snapshot": "the state of a vCPU as bytes, and the plan by which C puts it back",
     "machine": "the numbers of exit reasons and flags",
 }
 

@@ -1,0 +1,335 @@
+"""Fuzzing: input after input from the same snapshot, in C (``csrc/fuzz.c``).
+
+A run is: put the input into guest memory, enter the guest, note how it ended, put back what it
+changed. Python is asked for what only Python serves, and gets the outcomes of a batch at once.
+"""
+
+from __future__ import annotations
+
+import time
+from itertools import islice
+
+from pykvm import result as reasons
+from pykvm._abi import _cpython, ffi, lib
+from pykvm.errors import BusyError, GuestMemoryError
+from pykvm.snapshot import devices as devices_of
+from pykvm.snapshots import plan_of
+from pykvm.vcpu_thread import NEVER, UNLIMITED, End
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+    from pykvm.machine import Machine
+    from pykvm.snapshots import Snapshot
+
+BATCH = 64
+"""Inputs that are taken at once; a source of inputs that learns from outcomes lags by so many."""
+
+UNTIL = "until"
+"""The reason of a run that came to its end."""
+
+
+class Outcome:
+    """How one input ended.
+
+    Attributes:
+        input: the bytes.
+        reason: as ``RunResult.reason``; ``"until"`` for a write to the port that ends a run.
+        code: what was written to the port that ended it, or None.
+        rip: the guest's RIP, of a port as KVM has it before the instruction is complete.
+        exits: exits it made.
+        fresh: cells of the coverage map that no input before had reached.
+        address: the port or guest-physical address that ended it, or None.
+    """
+
+    __slots__ = ("address", "code", "exits", "fresh", "input", "reason", "rip")
+
+    def __init__(
+        self,
+        input: bytes,
+        reason: str,
+        code: int | None,
+        rip: int,
+        exits: int,
+        fresh: int,
+        address: int | None,
+    ) -> None:
+        self.input = input
+        self.reason = reason
+        self.code = code
+        self.rip = rip
+        self.exits = exits
+        self.fresh = fresh
+        self.address = address
+
+    def __repr__(self) -> str:
+        shown = self.input if len(self.input) <= 32 else self.input[:32] + b"..."
+        code = "" if self.code is None else f" {self.code:#x}"
+        new = f", {self.fresh} new cells" if self.fresh else ""
+        return f"<{self.reason}{code} at {self.rip:#x} by {shown!r}{new}>"
+
+
+def fuzz(
+    machine: Machine,
+    snapshot: Snapshot,
+    inputs: Iterable[bytes],
+    *,
+    write_at: int,
+    length_at: int | None = None,
+    size: int = 4096,
+    until: int | None = None,
+    timeout: float | None = 1.0,
+    max_exits: int | None = None,
+    coverage: tuple[int, int] | None = None,
+    known: bytearray | None = None,
+    exact: bool = True,
+    batch: int = BATCH,
+) -> Iterator[Outcome]:
+    """Run input after input, each from the snapshot on; ``Machine.fuzz`` is this.
+
+    Args:
+        machine: with one vCPU.
+        snapshot: of it, or of one just like it.
+        inputs: bytes, at most ``size`` of them each.
+        write_at: guest-physical address that an input is written to, within one region.
+        length_at: where its length is written, 8 bytes; None: nowhere.
+        size: room at ``write_at``. What a short input leaves over is as in the snapshot.
+        until: a port; a write to it ends the run with reason ``"until"``.
+        timeout: seconds for one input, or None.
+        max_exits: exits for one input, or None.
+        coverage: ``(gpa, size)`` of bytes in which the guest counts where it was. A cell with a bit
+            that no input before had set is fresh.
+        known: the bits seen so far, to go on with; as long as the map.
+        exact: put back all of the vCPU but the time, which runs on (with ``irqchip``, where timers
+            depend on it, also the time). False: the general and segment registers and pending
+            events alone, which is twice as fast, for guests that touch neither FPU nor MSRs.
+        batch: inputs taken at once.
+
+    Yields:
+        An :class:`Outcome` each, in order. In between the machine is as in the snapshot.
+
+    Raises:
+        ValueError: an input is too long, or the machine has several vCPUs.
+        Exception: what a handler raised.
+
+    A HLT ends a run unless it has a hook; with ``irqchip`` it waits in the kernel: give ``until``
+    then.
+    ``m.stop()`` without a reason of its own ends the whole loop.
+    """
+    if len(machine.cpus) != 1:
+        raise ValueError(f"fuzzing takes a machine with one vCPU, not {len(machine.cpus)}")
+    if batch < 1:
+        raise ValueError(f"a batch has at least one input, not {batch}")
+    return _Fuzzer(
+        machine, snapshot, write_at, length_at, size, until, timeout, max_exits, coverage, known,
+        exact,
+    ).run(iter(inputs), batch)  # fmt: skip
+
+
+class _Fuzzer:
+    def __init__(
+        self,
+        machine: Machine,
+        snapshot: Snapshot,
+        write_at: int,
+        length_at: int | None,
+        size: int,
+        until: int | None,
+        timeout: float | None,
+        max_exits: int | None,
+        coverage: tuple[int, int] | None,
+        known: bytearray | None,
+        exact: bool,
+    ) -> None:
+        self._machine = machine
+        self._snapshot = snapshot
+        self._until = until
+        self._size = size
+        snapshot.restore(machine)
+        self._plan = plan = plan_of(machine, snapshot)
+        self._runner = runner = machine._runners[0]
+        self._over = False
+        self.c = c = ffi.new("struct pykvm_fuzz *")
+        c.reset, c.vcpu, c.room = plan.c, runner.c, size
+        c.to, c.slot, c.at = self._place(write_at, size)
+        if length_at is not None:
+            c.length_to, c.length_slot, c.length_at = self._place(length_at, 8)
+        if coverage is not None:
+            gpa, length = coverage
+            c.map, _, _ = self._place(gpa, length)
+            known = bytearray(length) if known is None else known
+            if len(known) != length:
+                raise ValueError(f"known has {len(known)} bytes, the coverage map {length}")
+            self._known = ffi.from_buffer("uint8_t[]", known, require_writable=True)
+            c.known, c.map_size = self._known, length
+        c.timeout = 0 if timeout is None else max(1, int(timeout * 1e9))
+        c.exit_limit = UNLIMITED if max_exits is None else max_exits
+        c.calls = plan.timeless if exact else 0
+        c.hooked = any(
+            reason in machine._hooks for reason in (lib.KVM_EXIT_HLT, lib.KVM_EXIT_SHUTDOWN)
+        )
+
+    def _place(self, gpa: int, size: int) -> tuple[Any, Any, int]:
+        """Host address, slot and offset of a stretch of memory."""
+        parts = self._snapshot.image.parts
+        regions = self._machine.memory.regions
+        for number, (part, region) in enumerate(zip(parts, regions, strict=True)):
+            if part.gpa <= gpa and 0 < size <= part.gpa + part.size - gpa:
+                host = ffi.cast("uint8_t *", region.userspace_addr + gpa - part.gpa)
+                return host, ffi.addressof(self._plan.c.slots[number]), gpa - part.gpa
+        raise GuestMemoryError(f"{gpa:#x}..{gpa + size:#x} does not lie in one region", gpa, size)
+
+    # ---- batches -------------------------------------------------------------------------------
+
+    def run(self, inputs: Iterator[bytes], batch: int) -> Iterator[Outcome]:
+        """See :func:`fuzz`."""
+        while not self._over:
+            taken = [bytes(data) for data in islice(inputs, batch)]
+            if not taken:
+                return
+            yield from self._run(taken)
+
+    def _run(self, inputs: list[bytes]) -> list[Outcome]:
+        """One batch, with the vCPU ours for its time only."""
+        machine, runner, c = self._machine, self._runner, self.c
+        for data in inputs:
+            if len(data) > self._size:
+                raise ValueError(f"an input of {len(data)} bytes does not fit size={self._size}")
+        if machine.running:
+            raise BusyError("a vCPU of this machine is running: stop() it first")
+        claim = None
+        if self._until is not None:
+            claim = machine.pio.stop(self._until, tag=UNTIL)
+        joined = b"".join(inputs)
+        ends, end = [], 0
+        for data in inputs:
+            end += len(data)
+            ends.append(end)
+        keep = (
+            ffi.from_buffer("uint8_t[]", joined),
+            ffi.new("uint64_t[]", ends),
+            ffi.new("struct pykvm_outcome_record[]", len(inputs)),
+        )
+        c.inputs, c.ends, c.outcomes = keep
+        c.count, c.next, c.running = len(inputs), 0, 0
+        self._devices = devices_of.find((machine.pio, machine.mmio))
+        stateful = [
+            each.c
+            for bus in (machine.pio, machine.mmio)
+            for each in bus.claims()
+            if each.device is not None and each.on_write != lib.PYKVM_CLOCK
+        ]
+        ranges = ffi.new("struct pykvm_range *[]", stateful)
+        c.stateful, c.stateful_count = ranges, len(stateful)
+        self._plan.before()
+        reasons_of: dict[int, tuple[str, int | None]] = {}
+        loop = runner.c
+        machine._running = True
+        try:
+            deadline = (
+                time.clock_gettime_ns(time.CLOCK_MONOTONIC) + c.timeout if c.timeout else NEVER
+            )
+            try:
+                runner._begin(lib.pykvm_vcpu_begin(loop, deadline))
+                loop.trace = 0
+                self._drive(reasons_of)
+            finally:
+                if runner.owner:
+                    runner.owner = 0
+                    loop.stop = 0
+                lib.pykvm_vcpu_end(loop)
+                loop.run.kvm_valid_regs = 0
+        except BaseException:
+            self._over = True
+            raise
+        finally:
+            machine._running = False
+            machine._ending = None
+            if claim is not None:
+                claim.release()
+            for cpu, (entered, ended) in zip(machine.cpus, self._snapshot.cpus, strict=True):
+                cpu.put_back(entered, ended)
+            if c.running:  # a handler raised, or somebody stopped it
+                c.running = 0
+                self._snapshot.restore(machine)
+        return [self._outcome(inputs[at], keep[2][at], reasons_of.get(at)) for at in range(c.next)]
+
+    def _drive(self, reasons_of: dict[int, tuple[str, int | None]]) -> None:
+        c, error, ones = self.c, ffi.new("int32_t *"), UNLIMITED
+        while True:
+            outcome = lib.pykvm_fuzz_run(c, ones, error)
+            if outcome == lib.PYKVM_FUZZ_DONE:
+                return
+            if outcome == lib.PYKVM_FUZZ_DEVICES:
+                devices_of.restore(self._devices, self._snapshot.devices)
+            elif outcome == lib.PYKVM_FUZZ_FAILED:
+                self._again(error[0])
+            else:
+                self._serve(outcome, reasons_of)
+                if self._over:
+                    return
+
+    def _serve(self, outcome: int, reasons_of: dict[int, tuple[str, int | None]]) -> None:
+        """From here on Python runs this input to its end, as it may have changed devices."""
+        machine, runner, c = self._machine, self._runner, self.c
+        if outcome == lib.PYKVM_ACCESS:
+            runner.c.access.pending = lib.PYKVM_RETRY  # have it handed out again, to its handler
+            outcome = _cpython.run(runner.address, machine._slots, None)
+        while (end := runner._other(outcome, None)) is None:
+            outcome = _cpython.run(runner.address, machine._slots, None)
+        if end.reason == reasons.STOPPED and machine._ending is not None:
+            end, machine._ending = machine._ending, None
+            if end.reason == reasons.STOPPED:
+                self._over = True
+        reasons_of[c.next] = end.reason, _code(end)
+        failed = lib.pykvm_fuzz_end(c, outcome)
+        if failed:
+            self._again(failed)
+        devices_of.restore(self._devices, self._snapshot.devices)
+
+    def _again(self, error: int) -> None:
+        """A reset failed: with an access still open, have it completed with care."""
+        import errno
+
+        if error == -errno.EAGAIN:
+            self._runner.complete()
+            error = lib.pykvm_reset(self._plan.c)
+        if error:
+            self._plan.fail(error)
+
+    def _outcome(self, data: bytes, c: Any, known: tuple[str, int | None] | None) -> Outcome:
+        reason, code = "", None
+        address: int | None = None
+        if c.outcome in (lib.PYKVM_STOPPED, lib.PYKVM_UNCLAIMED):
+            address = c.address
+        if known is not None:
+            reason, code = known
+        elif c.outcome == lib.PYKVM_EXIT:
+            reason = _EXITS[c.reason]
+        elif c.outcome == lib.PYKVM_STOPPED:
+            code = c.value
+            reason = UNTIL if c.address == self._until else self._tag(c.address)
+        else:
+            reason = _OUTCOMES[c.outcome]
+        return Outcome(data, reason, code, c.rip, c.exits, c.fresh, address)
+
+    def _tag(self, address: int) -> str:
+        for bus in (self._machine.pio, self._machine.mmio):
+            claim = bus.find(address)
+            if claim is not None and claim.tag:
+                return claim.tag
+        return reasons.STOPPED
+
+
+def _code(end: End) -> int | None:
+    return end.code
+
+
+_EXITS = {lib.KVM_EXIT_HLT: reasons.HALTED, lib.KVM_EXIT_SHUTDOWN: reasons.SHUTDOWN}
+_OUTCOMES = {
+    lib.PYKVM_UNCLAIMED: reasons.UNCLAIMED,
+    lib.PYKVM_LIMIT: reasons.LIMIT,
+    lib.PYKVM_TIMEOUT: reasons.TIMEOUT,
+}

@@ -1,0 +1,65 @@
+"""Which pages the host wrote, for who has to put them back: KVM logs only what the guest writes."""
+
+from __future__ import annotations
+
+from pykvm._abi import ffi
+
+from .units import PAGE_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .region import Region
+
+
+class Pages:
+    """Bitmaps of one region, a bit a page, in 64-bit words; C reads them, and clears `touched`.
+
+    Attributes:
+        touched: written by the API since the bits were cleared.
+        exposed: lie under a raw view, so they may be written at any time.
+    """
+
+    __slots__ = ("exposed", "touched")
+
+    def __init__(self, region: Region) -> None:
+        words = (region.memory_size // PAGE_SIZE + 63) // 64
+        self.touched: Any = ffi.new("uint64_t[]", words)
+        self.exposed: Any = ffi.new("uint64_t[]", words)
+
+
+class HostWrites:
+    """The host's writes into a :class:`GuestMemory`; its ``track()`` makes it."""
+
+    __slots__ = ("_pages",)
+
+    def __init__(self) -> None:
+        self._pages: dict[Region, Pages] = {}
+
+    def of(self, region: Region) -> Pages:
+        """The bitmaps of a region."""
+        pages = self._pages.get(region)
+        if pages is None:
+            pages = self._pages[region] = Pages(region)
+        return pages
+
+    def mark(self, region: Region, at: int, length: int) -> None:
+        """Note a write of ``length`` bytes at an offset of a region."""
+        _set(self.of(region).touched, at, length)
+
+    def expose(self, region: Region, at: int, length: int) -> None:
+        """Note that a view of the range was handed out."""
+        _set(self.of(region).exposed, at, length)
+
+
+def _set(bitmap: Any, at: int, length: int) -> None:
+    """Set the bits of the pages of a range, in words of 64."""
+    if not length:
+        return
+    page, last = at // PAGE_SIZE, (at + length - 1) // PAGE_SIZE
+    while page <= last:
+        word, first = divmod(page, 64)
+        count = min(64 - first, last - page + 1)
+        bitmap[word] |= (1 << count) - 1 << first
+        page += count

@@ -1,0 +1,69 @@
+"""The devices of a machine, found by what they serve: what has ``state()`` and ``restore()``."""
+
+from __future__ import annotations
+
+from pykvm.errors import SnapshotError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
+
+    from pykvm.devices.bus import Bus
+
+
+def find(buses: Iterable[Bus]) -> dict[str, Any]:
+    """Every device with a state, by the first port or address that it serves: ``"pio:0x3f8"``.
+
+    A device is what stands behind a claim's C action, or the object whose method serves it. One
+    that serves several ranges is found once.
+    """
+    found: dict[str, Any] = {}
+    seen: set[int] = set()
+    for bus in buses:
+        for claim in bus.claims():
+            for device in (claim.device, getattr(claim.handler, "__self__", None)):
+                if (
+                    device is not None
+                    and id(device) not in seen
+                    and callable(getattr(device, "state", None))
+                    and callable(getattr(device, "restore", None))
+                ):
+                    seen.add(id(device))
+                    found[f"{bus.name}:{claim.first:#x}"] = device
+    return found
+
+
+def capture(devices: dict[str, Any]) -> dict[str, Any]:
+    """The state of each, as plain data."""
+    return {name: device.state() for name, device in devices.items()}
+
+
+def restore(devices: dict[str, Any], states: dict[str, Any]) -> None:
+    """Put each device back, then have those that may have lost a doorbell look for work.
+
+    Raises:
+        SnapshotError: a device of the snapshot is not there, or does not take its state. A device
+            that came later is left as it is.
+    """
+    missing = [name for name in states if name not in devices]
+    if missing:
+        raise SnapshotError(
+            f"the snapshot has devices that this machine lacks: {', '.join(sorted(missing))}"
+            " (give fork() a setup= that attaches them)"
+        )
+    for name, state in states.items():
+        try:
+            devices[name].restore(state)
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+            raise SnapshotError(
+                f"{type(devices[name]).__name__} at {name} does not take its state: {error!r}"
+            ) from error
+
+
+def resume(devices: dict[str, Any]) -> None:
+    """After everything is back: look for what was asked for and not done."""
+    for device in devices.values():
+        inner = getattr(device, "device", device)
+        if callable(getattr(inner, "resume", None)):
+            inner.resume()

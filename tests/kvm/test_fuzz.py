@@ -1,0 +1,220 @@
+"""The fuzz loop: inputs begin at the snapshot, ends are told apart, the planted bug is found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+import pykvm
+from pykvm import guestlib
+from pykvm import result as reasons
+from pykvm.corpus import Corpus
+from pykvm.fuzzing import UNTIL
+
+ENTRY = 0x8000
+INPUT = 0x20000
+LENGTH = 0x1FFF8
+CELLS = 0x30000
+
+# Ends by the first byte of the input: H halts, X exits with the length, U touches nobody's port,
+# S has a triple fault, L loops, P asks Python; first it counts in memory, which starts at 0.
+GUEST = f"""
+        inc     dword ptr [0x21000]
+        mov     ebx, [0x21000]
+        mov     al, [{INPUT}]
+        mov     ecx, [{LENGTH}]
+        cmp     al, 'X'
+        je      exit
+        cmp     al, 'U'
+        je      unclaimed
+        cmp     al, 'S'
+        je      fault
+        cmp     al, 'L'
+        je      spin
+        cmp     al, 'P'
+        je      python
+        cmp     al, 'F'
+        je      print
+        hlt
+exit:   mov     eax, ecx
+        out     0x10, eax
+unclaimed:
+        out     0x77, al
+fault:  lidt    [0x7000]
+        ud2
+spin:   jmp     spin
+print:  out     0xe9, al
+        hlt
+python: in      al, 0x40
+        out     0x10, al
+"""
+
+
+@pytest.fixture
+def machine() -> Iterator[pykvm.Machine]:
+    with pykvm.Machine("2M") as m:
+        m.load(pykvm.asm(GUEST, mode="long64"), at=ENTRY)
+        m.cpu.enter("long64", entry=ENTRY)
+        yield m
+
+
+def test_every_end_is_told_and_every_input_starts_afresh(machine: pykvm.Machine) -> None:
+    machine.pio.stop(0x10, 4, tag="told")
+    calls: list[int] = []
+
+    @machine.on_pio(0x40)
+    def port(access: object) -> int:
+        calls.append(1)
+        return 0x42
+
+    expected = {
+        b"H": (reasons.HALTED, None),
+        b"X12": ("told", 3),
+        b"U": (reasons.UNCLAIMED, None),
+        b"S": (reasons.SHUTDOWN, None),
+        b"L": (reasons.TIMEOUT, None),
+        b"P": ("told", 0x42),
+    }
+    inputs = list(expected) * 2
+    with machine.snapshot() as s:
+        outcomes = list(
+            machine.fuzz(s, inputs, write_at=INPUT, length_at=LENGTH, timeout=0.1, batch=5)
+        )
+        assert [outcome.input for outcome in outcomes] == inputs
+        for outcome in outcomes:
+            assert (outcome.reason, outcome.code) == expected[outcome.input], outcome
+        assert len(calls) == 2
+        assert all(o.exits >= 1 for o in outcomes if o.reason != reasons.TIMEOUT)
+        with machine.snapshot() as after:
+            assert not s.diff(after)
+        machine.memory.write(INPUT, b"H")
+        assert machine.run(timeout=10).reason == reasons.HALTED
+        assert machine.cpu.ebx == 1  # nothing was left of all the counting before
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_ten_thousand_resets_leave_nothing_behind(machine: pykvm.Machine, exact: bool) -> None:
+    with machine.snapshot() as s:
+        count = 0
+        for outcome in machine.fuzz(
+            s, (b"H%d" % n for n in range(10000)), write_at=INPUT, length_at=LENGTH, exact=exact
+        ):
+            assert outcome.reason == reasons.HALTED
+            count += 1
+            if count % 500 == 0:
+                with machine.snapshot() as now:
+                    assert not s.diff(now), (count, s.diff(now))
+        assert count == 10000
+        assert machine._plan is not None and machine._plan[1].c.cleared == 0  # a stable set
+
+
+def test_a_port_can_be_the_end_for_the_loop_alone(machine: pykvm.Machine) -> None:
+    with machine.snapshot() as s:
+        (outcome,) = machine.fuzz(s, [b"X"], write_at=INPUT, length_at=LENGTH, until=0x10)
+        assert (outcome.reason, outcome.code, outcome.address) == (UNTIL, 1, 0x10)
+        assert machine.pio.find(0x10) is None
+
+
+def test_limits_hold_for_each_input(machine: pykvm.Machine) -> None:
+    machine.pio.ignore(0x77)
+    with machine.snapshot() as s:
+        outcomes = list(machine.fuzz(s, [b"U", b"H"], write_at=INPUT, max_exits=1, timeout=5))
+        assert [outcome.reason for outcome in outcomes] == [reasons.LIMIT, reasons.HALTED]
+
+
+def test_what_a_device_in_c_keeps_goes_back_after_every_input(machine: pykvm.Machine) -> None:
+    fifo = machine.pio.fifo(0xE9)
+    with machine.snapshot() as s:
+        outcomes = list(machine.fuzz(s, [b"F", b"F", b"H"], write_at=INPUT))
+        assert [outcome.reason for outcome in outcomes] == [reasons.HALTED] * 3
+        assert fifo.read() == b""
+
+
+def test_a_handler_may_name_the_end_or_raise(machine: pykvm.Machine) -> None:
+    raises: list[int] = []
+
+    @machine.on_pio(0x40)
+    def port(access: object) -> int:
+        if raises:
+            raise RuntimeError("mine")
+        machine.stop("crash", 5)
+        return 1
+
+    machine.pio.ignore(0x10)
+    with machine.snapshot() as s:
+        outcomes = list(machine.fuzz(s, [b"P", b"H"], write_at=INPUT))
+        assert [(o.reason, o.code) for o in outcomes] == [("crash", 5), (reasons.HALTED, None)]
+        raises.append(1)
+        with pytest.raises(RuntimeError, match="mine"):
+            list(machine.fuzz(s, [b"H", b"P"], write_at=INPUT))
+        with machine.snapshot() as after:
+            assert not s.diff(after)
+        assert machine.run(timeout=10).reason == reasons.HALTED
+
+
+def test_a_stop_ends_the_loop(machine: pykvm.Machine) -> None:
+    def inputs() -> Iterator[bytes]:
+        yield b"H"
+        machine.stop()
+        yield b"H"
+        raise AssertionError("one too many")
+
+    with machine.snapshot() as s:
+        outcomes = list(machine.fuzz(s, inputs(), write_at=INPUT, batch=1))
+        assert [outcome.reason for outcome in outcomes] == [reasons.HALTED, reasons.STOPPED]
+
+
+def test_hooks_of_hlt_are_called(machine: pykvm.Machine) -> None:
+    seen: list[int] = []
+
+    @machine.on_hlt
+    def hlt(exit: object) -> bool:
+        seen.append(machine.cpu.ebx)
+        return False
+
+    with machine.snapshot() as s:
+        outcomes = list(machine.fuzz(s, [b"H"] * 3, write_at=INPUT))
+    assert [outcome.reason for outcome in outcomes] == [reasons.HALTED] * 3
+    assert seen == [1, 1, 1]
+
+
+def test_what_cannot_be_is_refused(machine: pykvm.Machine) -> None:
+    with machine.snapshot() as s:
+        with pytest.raises(ValueError, match="does not fit"):
+            list(machine.fuzz(s, [b"12345"], write_at=INPUT, size=4))
+        with pytest.raises(pykvm.GuestMemoryError):
+            machine.fuzz(s, [], write_at=0x200000 - 1, size=2)
+        with pytest.raises(ValueError, match="known"):
+            machine.fuzz(s, [], write_at=INPUT, coverage=(CELLS, 16), known=bytearray(3))
+        with pytest.raises(ValueError, match="batch"):
+            machine.fuzz(s, [], write_at=INPUT, batch=0)
+    with (
+        pykvm.Machine("2M", cpus=2) as two,
+        two.snapshot() as other,
+        pytest.raises(ValueError, match="one vCPU"),
+    ):
+        two.fuzz(other, [], write_at=INPUT)
+
+
+def test_the_planted_bug_is_found_within_a_bounded_number_of_runs() -> None:
+    guest = guestlib.find("magic")
+    with pykvm.Machine(guest.memory) as m:
+        m.pio.ignore(0xE9)
+        m.debug_exit()
+        guest.prepare(m)
+        corpus = Corpus([bytes(8)])
+        with m.snapshot() as s:
+            outcomes = m.fuzz(
+                s, corpus, write_at=INPUT, length_at=LENGTH, coverage=(CELLS, 16), exact=False
+            )
+            for runs, outcome in enumerate(outcomes, 1):
+                corpus.learn(outcome)
+                if outcome.reason == reasons.SHUTDOWN:
+                    break
+                # Six comparisons, of which one changes two bytes at most; a batch of lag each.
+                assert runs < 9 * (8 * 255 + 64)
+        print(f"found {outcome.input!r} in {runs} runs")
+        found = outcome.input
+    assert found[:4] == b"KVM\x27" and (found[4] + found[5]) & 0xFF == 0xA5
+    assert found[6:7] == b"!"
