@@ -167,6 +167,13 @@ void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
     }
 }
 
+void pykvm_vcpu_nudge(struct pykvm_vcpu *vcpu)
+{
+    int32_t tid = __atomic_load_n(&vcpu->tid, __ATOMIC_SEQ_CST);
+    if (tid && current != vcpu)
+        syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
+}
+
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
 {
     int own = current == vcpu;

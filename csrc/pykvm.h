@@ -441,6 +441,9 @@ int pykvm_cpython_init(void);
 /* Ask a run, or if there is none the next one, to end: from any thread, also a handler's own. */
 void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu);
 
+/* Have a run of another thread leave the guest and enter it anew, soon: for who waits for that. */
+void pykvm_vcpu_nudge(struct pykvm_vcpu *vcpu);
+
 /* The `enter` of a real vCPU: one KVM_RUN.  0 or -errno. */
 int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu);
 

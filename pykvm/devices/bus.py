@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     Handler = Callable[[Any], int | None]
     DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
 
+RETIRED_MOST = 32
+"""So much may wait for vCPUs to let go of it before they are asked to; their heartbeat would be
+enough, but for a guest that never stops changing claims."""
+
 ALL_ONES = -1
 """The answer of an empty bus, whatever the width."""
 
@@ -596,6 +600,11 @@ class Bus:
                 if self._slots[claim.slot] is _released:
                     self._slots[claim.slot] = _free
                 claim._close()
+        if len(self._retired) > RETIRED_MOST:
+            # A guest that moves its devices about must not fill the host, nor take its descriptors,
+            # while another vCPU of it sleeps.
+            for vcpu in self._vcpus:
+                lib.pykvm_vcpu_nudge(vcpu)
 
     def _build(self) -> Any:
         claims = self._all()

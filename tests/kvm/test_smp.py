@@ -259,3 +259,21 @@ def test_ctrl_c_again_and_again_ends_no_run_before_every_vcpu_is_home() -> None:
             pressed.result()
         assert result.reason == reasons.INTERRUPTED
         assert [state.index for state in result.cpus] == [0, 1]
+
+
+def test_claims_that_come_and_go_do_not_pile_up_while_another_vcpu_sleeps() -> None:
+    """A guest can have its PCI devices moved as often as it likes."""
+    most, sleeping = 0, "l: pause; cmp byte ptr [0x9000], 1; jne l; hlt"
+    with pykvm.Machine(memory="2M", cpus=2) as m:
+        code = "test edi, edi; jnz other; mov ecx, 1500; k: out 0x10, al; dec ecx; jnz k; "
+        code += f"mov byte ptr [0x9000], 1; hlt; other: {sleeping}"
+        enter_all(m, code)
+
+        def move(access: PioAccess) -> None:
+            nonlocal most
+            m.pio.ignore(0x20).release()
+            most = max(most, len(m.pio._retired))
+
+        m.on_pio(0x10, move)
+        assert m.run(timeout=60).reason == reasons.HALTED
+        assert most < 400, most
