@@ -390,7 +390,7 @@ struct pykvm_vcpu {
     uint32_t stop;     /* somebody asked the run to end: enum pykvm_stop */
     uint8_t sync_regs; /* KVM_CAP_SYNC_REGS: else pykvm_vcpu_enter() does its work by ioctls */
     uint8_t trace;     /* return PYKVM_TRACED after every KVM_RUN, before serving the exit */
-    uint8_t pass;      /* the exit being served is an IN of the guest's own: not PYKVM_PLANTED */
+    uint8_t guests_own;      /* the exit being served is an IN that is no planted stop */
 };
 
 /* What pykvm_vcpu_run() returns. */
@@ -408,7 +408,7 @@ enum pykvm_outcome {
     PYKVM_TRACED = -10,     /* KVM_RUN returned; call again to have its exit served */
     PYKVM_STRUCK = -11,     /* an IN that may be a planted stop; RIP, RAX and CS are in the run page.
                                To have it served as the guest's own, set access.pending to
-                               PYKVM_UNSERVED and `pass` to 1 */
+                               PYKVM_UNSERVED and `guests_own` to 1 */
 };
 
 enum {

@@ -105,9 +105,9 @@ static int64_t serve(struct pykvm_vcpu *vcpu)
     switch (vcpu->run->exit_reason) {
     case KVM_EXIT_IO:
         planted = __atomic_load_n(&vcpu->planted, __ATOMIC_ACQUIRE);
-        if (planted && !vcpu->pass && pykvm_may_be_planted(vcpu->run, planted))
+        if (planted && !vcpu->guests_own && pykvm_may_be_planted(vcpu->run, planted))
             return hand(vcpu, PYKVM_STRUCK);
-        vcpu->pass = 0;
+        vcpu->guests_own = 0;
         take_pio(vcpu);
         return pykvm_bus_serve(vcpu);
     case KVM_EXIT_MMIO:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+from pykvm.runs import Runs
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
+    from collections.abc import Callable, Mapping
     from typing import Any
 
     from pykvm.cpu import Cpu
+    from pykvm.debug.debugger import Debugger
+    from pykvm.debug.planted import Planted
+    from pykvm.debug.stops import Breakpoint, Watchpoint
     from pykvm.debug.trace import Trace
-    from pykvm.kvm import Vm
-    from pykvm.vcpu_thread import Runner
+    from pykvm.result import RunResult
+    from pykvm.symbols import Symbols
+
+KERNEL_MAP = 0xFFFFFFFF80000000
+"""Where Linux maps physical address 0 for its own text (__START_KERNEL_map), without KASLR."""
 
 
-class Debugging:
+class Debugging(Runs):
     """The watching half of a :class:`~pykvm.Machine`; the work is done in :mod:`pykvm.debug`."""
 
-    vm: Vm
-    cpus: tuple[Cpu, ...]
-    _runners: list[Runner]
-    _running: bool
+    _symbols: Symbols | None
+    _images: list[Callable[[], Mapping[str, int]]]
     _traces: list[Trace]
 
     def trace(self, *filters: str, last: int = 1 << 20, rip: bool = False) -> Trace:
@@ -72,3 +80,211 @@ class Debugging:
                 values = stats.read()
             found[name] = {key: value for key, value in values.items() if isinstance(value, int)}
         return found
+
+    # ---- stopping --------------------------------------------------------------------------------
+
+    @property
+    def debugger(self) -> Debugger:
+        """What stops this machine; made when it is first used, and from then on in every run."""
+        if self._debugger is None:
+            from pykvm.debug.debugger import Debugger
+
+            kind, path = type(self), self.kvm.path
+            self._debugger = Debugger(self, lambda: kind("128K", path=path))  # type: ignore[call-arg]
+        return self._debugger
+
+    @property
+    def planted(self) -> Planted:
+        """The stops that are planted in the guest's memory; for who copies or rewrites that."""
+        return self.debugger.planted
+
+    def breakpoint(
+        self,
+        where: int | str,
+        condition: Callable[[Cpu], object] | None = None,
+        *,
+        how: str = "auto",
+        once: bool = False,
+        gpa: int | None = None,
+    ) -> Breakpoint:
+        """Stop runs before the instruction at an address.
+
+        ::
+
+            point = m.breakpoint("main", lambda cpu: cpu.rdi > 2)
+            result = m.run(timeout=1)        # reason "breakpoint", result.exit.point is point
+
+        A run that begins where the last one was stopped goes on. How it stops the guest is found
+        out by trying, see docs/debugging.md.
+
+        Args:
+            where: linear address, or the name of a symbol (``"main"``, ``"main+0x10"``).
+            condition: called with the vCPU, which is stopped; the run goes on where it is false.
+            how: ``"port"``: a byte planted in memory; ``"hardware"``: a debug register, of which
+                there are four; ``"step"``: single steps all the way, slow; ``"auto"``: the first
+                of these that works here.
+            once: take it away once it has stopped a run.
+            gpa: where its code lies, for an address that the page tables do not map yet. Of a
+                Linux kernel that was booted without KASLR it is known.
+
+        Raises:
+            CapabilityError: no way works; says of each why.
+            LookupError: there is no such symbol.
+        """
+        address = self.resolve(where)
+        if gpa is None and self.debugger.gpa(self.cpus[0], address) is None:
+            gpa = self._kernel_gpa(address)
+        return self.debugger.breakpoint(
+            address,
+            condition,
+            how=how,
+            once=once,
+            gpa=gpa,
+            name=where if isinstance(where, str) else "",
+        )
+
+    def _kernel_gpa(self, address: int) -> int | None:
+        """Where a booted kernel's text lies before its own page tables are there."""
+        gpa = address - KERNEL_MAP
+        if self.pc is None or not self.pc.is_linux or self.pc.plan is None or gpa < 0:
+            return None
+        start, size = self.pc.plan.kernel
+        return gpa if start <= gpa < start + size else None
+
+    def watch(
+        self, where: int | str, length: int = 1, access: str = "w", *, how: str = "auto"
+    ) -> Watchpoint:
+        """Stop runs after an instruction that writes to memory.
+
+        The run ends with reason "watchpoint", ``result.exit`` is the stop.
+
+        Args:
+            where: linear address, or a symbol.
+            length: bytes.
+            access: ``"w"``: writes, with single steps only those that change something; ``"rw"``:
+                reads too.
+            how: ``"watch"``: a debug register; ``"step"``: single steps, and a look after each,
+                slow, for one vCPU; ``"auto"``: the first of these that works here.
+
+        Raises:
+            CapabilityError, LookupError: as of :meth:`breakpoint`.
+        """
+        return self.debugger.watch(self.resolve(where), length, access, how=how)
+
+    def step(self, count: int = 1, *, cpu: int = 0, timeout: float | None = 10.0) -> RunResult:
+        """Execute so many instructions of one vCPU; the others stand still.
+
+        Returns:
+            A result with reason "step"; or what else ended it, a breakpoint for example.
+
+        Raises:
+            CapabilityError: this KVM cannot in this mode; says why.
+        """
+        if count < 1:
+            raise ValueError(f"count {count}: at least one instruction")
+        left = count
+
+        def look(cpu: Cpu) -> Any:
+            nonlocal left
+            left -= 1
+            return None if left else _step_of(cpu)
+
+        return self._stepping(self.cpus[cpu], look, timeout)
+
+    def run_until(
+        self, where: int | str | Callable[[Cpu], object], timeout: float | None = None
+    ) -> RunResult:
+        """Run until an address is reached, or, by single steps, until a condition holds.
+
+        Args:
+            where: linear address, a symbol, or a function that is called with the first vCPU after
+                each of its instructions.
+            timeout: seconds.
+
+        Returns:
+            A result with reason "breakpoint" or "step"; or what else ended it.
+        """
+        if callable(where):
+            wanted = where
+            return self._stepping(
+                self.cpus[0], lambda cpu: _step_of(cpu) if wanted(cpu) else None, timeout
+            )
+        point = self.breakpoint(where, once=True)
+        try:
+            return self.run(timeout)
+        finally:
+            point.delete()
+
+    def _stepping(self, cpu: Cpu, look: Callable[[Cpu], Any], timeout: float | None) -> RunResult:
+        debugger = self.debugger
+        debugger.steps(cpu, look)
+        try:
+            return self.run(timeout)
+        finally:
+            debugger.steps(cpu, None)
+
+    def call(self, where: int | str, *arguments: int, timeout: float | None = 5.0) -> int:
+        """Call a function of the guest as C does, and put all registers back afterwards.
+
+        The first vCPU calls it, from where it stands, on its own stack. In 64-bit mode the first
+        six arguments go into RDI, RSI, RDX, RCX, R8 and R9, in 32-bit mode onto the stack.
+
+        Args:
+            where: linear address, or a symbol of an ELF guest.
+            arguments: integers, negative ones too.
+            timeout: seconds.
+
+        Returns:
+            What it returns in RAX or EAX.
+
+        Raises:
+            RunError and its like: it did not return; ``error.result`` says what happened instead.
+        """
+        from pykvm.debug.call import call
+
+        return call(self.debugger, self.run, self.resolve(where), arguments, timeout)
+
+    # ---- symbols ---------------------------------------------------------------------------------
+
+    @property
+    def symbols(self) -> Symbols:
+        """Names for addresses: of ELF guests, of a booted kernel, and what was added."""
+        if self._symbols is None:
+            from pykvm.symbols import Symbols
+
+            known: dict[str, int] = {}
+            if self.pc is not None:
+                known.update(self.pc.symbols.addresses)
+            for image in self._images:
+                known.update(image())
+            self._symbols = Symbols(known)
+        return self._symbols
+
+    def add_symbols(self, source: str | os.PathLike[str] | Mapping[str, int]) -> None:
+        """Take names from an ELF file, from a System.map, or from a mapping name → address.
+
+        Raises:
+            BootError, ValueError: the file is neither.
+        """
+        if isinstance(source, str) or hasattr(source, "__fspath__"):
+            from pykvm.symbols import Symbols
+
+            names = Symbols.of_file(source).addresses
+        else:
+            names = dict(source)
+        self._images.append(lambda: names)
+        self._symbols = None
+
+    def resolve(self, where: int | str) -> int:
+        """The address of ``"symbol"`` or ``"symbol+0x10"``; an int is one already.
+
+        Raises:
+            LookupError: no such symbol is known.
+        """
+        return where if isinstance(where, int) else self.symbols.address(where)
+
+
+def _step_of(cpu: Cpu) -> Any:
+    from pykvm.debug.stepping import _once
+
+    return _once(cpu)

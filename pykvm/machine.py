@@ -12,7 +12,6 @@ from pykvm.devices.bus import Bus
 from pykvm.errors import ClosedError
 from pykvm.host import cpuid_of_one, has_gigapages, open_kvm, ram
 from pykvm.memory import GuestMemory
-from pykvm.runs import Runs
 from pykvm.snapshot_methods import SnapshotMethods
 from pykvm.vcpu_thread import Runner
 
@@ -41,7 +40,7 @@ TSS_ADDR = 0xFFFBD000
 """Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
 
-class Machine(Runs, Debugging, SnapshotMethods):
+class Machine(Debugging, SnapshotMethods):
     """A virtual machine for tiny guests.
 
     ::
@@ -116,6 +115,8 @@ class Machine(Runs, Debugging, SnapshotMethods):
         self.pc: Pc | None = None
         self._virtio: Attachments | None = None
         self._traces = []
+        self._images = []
+        self._symbols = None
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
         self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
@@ -254,6 +255,10 @@ class Machine(Runs, Debugging, SnapshotMethods):
             if at is None:
                 raise TypeError("load(image, at=gpa): say where the image goes")
         self.memory.load(at, image)
+        names = getattr(image, "symbols", None)
+        if names and getattr(image, "at", None) == at:
+            self._images.append(lambda: names)
+            self._symbols = None
 
     def load_elf(self, path: str | os.PathLike[str]) -> Any:
         """Load a static ELF guest by its program headers.
@@ -267,7 +272,10 @@ class Machine(Runs, Debugging, SnapshotMethods):
         from pykvm.boot import elf
 
         with open(path, "rb") as file:
-            return elf.load(self.memory, file.read())
+            image = elf.load(self.memory, file.read())
+        self._images.append(lambda: image.symbols)
+        self._symbols = None
+        return image
 
     def boot(
         self,

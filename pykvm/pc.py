@@ -199,6 +199,11 @@ class Pc:
 
     def symbol(self, address: int) -> str:
         """``name+0x12`` for an address of the kernel, or "" without its symbols."""
+        return self.symbols.name(address)
+
+    @property
+    def symbols(self) -> Symbols:
+        """The kernel's symbols, of its System.map or its own; empty where there are none."""
         if self._symbols is None:
             from pykvm.symbols import Symbols
 
@@ -211,7 +216,7 @@ class Pc:
                 )
             except (OSError, ValueError):  # bad further down: how the run ended matters more
                 self._symbols = Symbols(known)
-        return self._symbols.name(address)
+        return self._symbols
 
     def close(self) -> None:
         """Give back what is ours; the claims go with the machine's buses."""

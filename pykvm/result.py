@@ -31,6 +31,13 @@ UNCLAIMED = "unclaimed"
 OTHER_EXIT = "exit"
 """An exit that no hook handles, decoded in ``result.exit``."""
 
+BREAKPOINT = "breakpoint"
+"""A breakpoint was reached: ``result.exit``, a :class:`pykvm.debug.stops.Stop`."""
+WATCHPOINT = "watchpoint"
+"""Memory that is watched was written or read: ``result.exit``."""
+STEP = "step"
+"""As many single steps were made as were asked for."""
+
 POWER_OFF = "power-off"
 """A booted machine switched itself off."""
 REBOOT = "reboot"
@@ -44,8 +51,11 @@ TERMINATED = "terminated"
 
 REASONS = (
     HALTED, STOPPED, DEBUG_EXIT, TIMEOUT, LIMIT, INTERRUPTED, SHUTDOWN, FAILED_ENTRY,
-    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, POWER_OFF, REBOOT, PANIC, UNSUPPORTED, TERMINATED,
+    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, BREAKPOINT, WATCHPOINT, STEP, POWER_OFF, REBOOT, PANIC,
+    UNSUPPORTED, TERMINATED,
 )  # fmt: skip
+
+_GOOD = (HALTED, STOPPED, POWER_OFF, BREAKPOINT, WATCHPOINT, STEP)
 
 WATCHED = (TIMEOUT, INTERRUPTED, UNSUPPORTED, TERMINATED)
 """The guest was cut short from outside: ``result.cpus`` says where it was."""
@@ -150,10 +160,11 @@ class RunResult:
 
     @property
     def ok(self) -> bool:
-        """True if the guest ended by itself: halted, stopped, powered off, debug-exit 0."""
-        return self.reason in (HALTED, STOPPED, POWER_OFF) or (
-            self.reason == DEBUG_EXIT and self.code == 0
-        )
+        """True if the guest ended by itself, or as it was asked to.
+
+        Halted, stopped, powered off, debug-exit 0; a breakpoint, a watchpoint, a step.
+        """
+        return self.reason in _GOOD or (self.reason == DEBUG_EXIT and self.code == 0)
 
     def check(self) -> Self:
         """Return self if :attr:`ok`; else raise what happened.

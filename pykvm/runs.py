@@ -14,6 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.background import Background
     from pykvm.cpu import Cpu
+    from pykvm.debug.debugger import Debugger
     from pykvm.kvm import Kvm
     from pykvm.pc import Pc
     from pykvm.virtio import Attachments
@@ -31,6 +32,7 @@ class Runs(Hooks):
     _runners: list[Runner]
     _running: bool
     _virtio: Attachments | None
+    _debugger: Debugger | None = None
 
     def run(self, timeout: float | None = None, *, max_exits: int | None = None) -> RunResult:
         """Run the vCPUs until something ends the run; again to go on where it ended.
@@ -152,7 +154,10 @@ class Runs(Hooks):
         self._devices_begin()
         began = time.monotonic()
         try:
-            cpu, end = self._run(cpus, deadline, max_exits)
+            if self._debugger is None:
+                cpu, end = self._run(cpus, deadline, max_exits)
+            else:
+                cpu, end = self._debugger.run(cpus, deadline, max_exits, self._run)
         finally:
             self._devices_ended()
         seconds = time.monotonic() - began

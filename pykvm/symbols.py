@@ -18,9 +18,13 @@ class Symbols:
 
     Args:
         addresses: name → address.
+
+    Attributes:
+        addresses: the same.
     """
 
     def __init__(self, addresses: Mapping[str, int]) -> None:
+        self.addresses = addresses
         pairs = sorted((address, name) for name, address in addresses.items() if address)
         self._addresses = [address for address, _ in pairs]
         self._names = [name for _, name in pairs]
@@ -38,6 +42,45 @@ class Symbols:
                 address, name = _symbol(path, number, line)
                 addresses[name] = address
         return cls(addresses)
+
+    @classmethod
+    def of_file(cls, path: str | os.PathLike[str]) -> Self:
+        """Read an ELF file's symbols, or a System.map.
+
+        Raises:
+            BootError: its symbol table is malformed.
+            ValueError: it is neither.
+        """
+        from pykvm.boot import elf
+
+        with open(path, "rb") as file:
+            start = file.read(4)
+            if elf.is_elf(start):
+                return cls(elf.read_symbols(start + file.read()))
+        return cls.of_system_map(path)
+
+    def address(self, name: str) -> int:
+        """The address of ``name``, or of ``name+0x10``.
+
+        Raises:
+            LookupError: there is none of that name; those that resemble it are told.
+        """
+        if name in self.addresses:
+            return self.addresses[name]
+        plain, plus, offset = name.partition("+")
+        if plus and plain.strip() in self.addresses:
+            try:
+                return self.addresses[plain.strip()] + int(offset, 0)
+            except ValueError:
+                raise LookupError(f"{name!r}: {offset!r} is no offset") from None
+        from difflib import get_close_matches
+
+        like = get_close_matches(plain, self.addresses, 3)
+        raise LookupError(
+            f"no symbol {plain!r}"
+            + (f"; there is {', '.join(like)}" if like else "")
+            + ("" if self.addresses else ": no symbols are known")
+        )
 
     def name(self, address: int) -> str:
         """``name+0x12`` of the symbol at or before an address, or "" if there is none near."""

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    from pykvm.debug.debugger import Debugger
+    from pykvm.debug.stops import Stop
     from pykvm.devices.access import Access
     from pykvm.devices.bus import Bus, Handler
     from pykvm.kvm import Vcpu
@@ -81,6 +83,7 @@ class Runner:
         self._buses = buses
         self._hooks = hooks
         self._msrs = msrs
+        self.debug: Debugger | None = None
         self.c = c = ffi.new("struct pykvm_vcpu *")
         self.address = int(ffi.cast("uintptr_t", c))
         c.run = vcpu.kvm_run
@@ -221,6 +224,11 @@ class Runner:
 
                 log_run(self.vcpu, -c.error)
             return None
+        if outcome == lib.PYKVM_STRUCK:
+            if self.debug is None:
+                self.pass_on()
+                return None
+            return _stopped(self._call(lock, self.debug.struck, c.index))
         if outcome == lib.PYKVM_FULL:
             claim = self._claim()
             if claim is not None and claim.drains:
@@ -256,6 +264,10 @@ class Runner:
         if reason in _MSR and exit.index in self._msrs:
             self._msr(exit, self._call(lock, self._msrs[exit.index], exit))
             return None
+        if self.debug is not None and reason in _DEBUG:
+            stop = self._call(lock, self.debug.exit, self.c.index, exit)
+            if stop is not False:
+                return _stopped(stop)
         hook = self._hooks.get(reason)
         # What is fatal repeats if it is simply re-run: its hook must have set registers.
         if (
@@ -281,6 +293,11 @@ class Runner:
     def _claim(self) -> Any:
         access = self.c.access
         return self._buses[access.is_mmio].find(access.address)
+
+    def pass_on(self) -> None:
+        """What looked like a planted stop is an IN of the guest's own: have it served."""
+        self.c.access.pending = lib.PYKVM_UNSERVED
+        self.c.guests_own = 1
 
     def access(self) -> Access:
         """The access being served, as a value of its own."""
@@ -335,6 +352,10 @@ class Runner:
             c.exit_limit = limit
 
 
+def _stopped(stop: Stop | None) -> End | None:
+    return None if stop is None else End(stop.reason, stop)
+
+
 _ENTER = ffi.addressof(lib, "pykvm_vcpu_enter")
 _KICK_TAKEN = (
     f"signal {lib.pykvm_kick_signal()} (SIGRTMIN+5) has a handler already; pykvm needs it to get"
@@ -347,6 +368,7 @@ _OUTCOMES = {
 }
 _MSR = (lib.KVM_EXIT_X86_RDMSR, lib.KVM_EXIT_X86_WRMSR)
 _FATAL = (lib.KVM_EXIT_SHUTDOWN, lib.KVM_EXIT_FAIL_ENTRY, lib.KVM_EXIT_INTERNAL_ERROR)
+_DEBUG = (lib.KVM_EXIT_DEBUG, lib.KVM_EXIT_SHUTDOWN)
 _EXITS = {
     lib.KVM_EXIT_HLT: reasons.HALTED,
     lib.KVM_EXIT_SHUTDOWN: reasons.SHUTDOWN,

@@ -197,6 +197,14 @@ def flatten(data: Buffer) -> tuple[bytes, dict[str, int]]:
     return bytes(image), _symbols(data, bits)
 
 
+def read_symbols(data: Buffer) -> dict[str, int]:
+    """Name → address of every named symbol that an ELF file defines, whatever kind of file it is.
+
+    Raises BootError for what is none, and for a malformed table.
+    """
+    return _symbols(data, _check_ident(data))
+
+
 def _check_ident(data: Buffer) -> int:
     """Check e_ident; 32 or 64."""
     ident = bytes(data[:16])

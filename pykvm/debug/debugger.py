@@ -1,0 +1,244 @@
+"""Stopping a guest where it is wanted: breakpoints, watchpoints, single steps.
+
+A machine with a debugger runs through :meth:`Debugger.run`, which steps over the breakpoint that it
+stands at, arms what is to stop it, runs, and looks whether the stop is wanted. While a run is on,
+:meth:`Debugger.struck` and :meth:`Debugger.exit` are called in the vCPU's own thread.
+"""
+
+from __future__ import annotations
+
+from pykvm import kvm
+from pykvm.debug import probe
+from pykvm.debug.stepping import LENGTHS, REGISTERS, Stepping, _once
+from pykvm.debug.stops import AGAIN, BREAKPOINT, STEP, WATCHPOINT, Breakpoint, Stop, Watchpoint
+from pykvm.errors import CapabilityError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pykvm.cpu import Cpu
+    from pykvm.debug.stepping import Go, Look
+    from pykvm.debugging import Debugging
+
+REGS = 1
+"""KVM_SYNC_X86_REGS, as ``Cpu.dirty`` takes it."""
+
+
+class Debugger(Stepping):
+    """What stops the vCPUs of one machine.
+
+    Args:
+        machine: the machine.
+        make: makes a small machine on the same KVM, for :mod:`pykvm.debug.probe`.
+    """
+
+    def __init__(self, machine: Debugging, make: Callable[[], Any]) -> None:
+        super().__init__(machine, make)
+        self._stood: dict[int, int] = {}  # where a stop was told of, by vCPU
+        self._steps: tuple[Cpu, Look] | None = None
+        for cpu in self.cpus:
+            cpu._runner.debug = self
+
+    # ---- what there is to stop at ----------------------------------------------------------------
+
+    def breakpoint(
+        self,
+        address: int,
+        condition: Callable[[Any], object] | None = None,
+        *,
+        how: str = "auto",
+        once: bool = False,
+        gpa: int | None = None,
+        name: str = "",
+        cpu: Cpu | None = None,
+    ) -> Breakpoint:
+        """See ``Machine.breakpoint``; ``cpu``: whose mode and page tables count."""
+        cpu = cpu or self.cpus[0]
+        if gpa is None:
+            gpa = self.gpa(cpu, address)
+        way = self._way_to_break(cpu, address, gpa, how)
+        point = Breakpoint(
+            self, address, gpa if way == probe.PORT else None, way, condition, once, name
+        )
+        if way == probe.PORT:
+            assert gpa is not None
+            self.plant(gpa, point_of := self._strike(point))
+            point._undo = lambda: self.unplant(gpa, point_of)  # type: ignore[attr-defined]
+        self.breakpoints.append(point)
+        return point
+
+    def _way_to_break(self, cpu: Cpu, address: int, gpa: int | None, how: str) -> str:
+        ways = [probe.PORT, probe.HARDWARE, probe.STEP] if how == "auto" else [how]
+        if how not in ("auto", probe.PORT, probe.HARDWARE, probe.STEP):
+            raise ValueError(f'how is "auto", "port", "hardware" or "step", not {how!r}')
+        problems = []
+        for way in ways:
+            problem = self.obstacle(way, cpu)
+            if not problem and way == probe.PORT and gpa is None:
+                problem = "nothing is mapped there: pass gpa="
+            if not problem and way == probe.HARDWARE and self._registers_used() >= REGISTERS:
+                problem = f"all {REGISTERS} debug registers are taken"
+            if not problem and way == probe.STEP and len(self.cpus) > 1:
+                problem = "several vCPUs cannot be stepped together"
+            if not problem:
+                return way
+            problems.append(f"{way}: {problem}")
+        mode = probe.mode_of(cpu.load_sregs())
+        raise CapabilityError(f"no breakpoint at {address:#x} in {mode}: {'; '.join(problems)}")
+
+    def _registers_used(self) -> int:
+        points: list[Any] = [*self.breakpoints, *self.watchpoints]
+        return sum(point.way in (probe.HARDWARE, probe.WATCH) for point in points)
+
+    def watch(
+        self, address: int, length: int, access: str = "w", *, how: str = "auto", cpu: Any = None
+    ) -> Watchpoint:
+        """See ``Machine.watch``."""
+        cpu = cpu or self.cpus[0]
+        if access not in ("w", "rw"):
+            raise ValueError(f'access is "w" or "rw", not {access!r}: a processor has no other')
+        if length < 1:
+            raise ValueError(f"length {length}: at least a byte")
+        if how not in ("auto", probe.WATCH, probe.STEP):
+            raise ValueError(f'how is "auto", "watch" or "step", not {how!r}')
+        problems = []
+        for way in [probe.WATCH, probe.STEP] if how == "auto" else [how]:
+            problem = self.obstacle(way, cpu)
+            if not problem and way == probe.WATCH:
+                if length not in LENGTHS or address % length:
+                    problem = "a debug register watches 1, 2, 4 or 8 bytes, aligned"
+                elif self._registers_used() >= REGISTERS:
+                    problem = f"all {REGISTERS} debug registers are taken"
+            if way == probe.STEP:
+                if problem:
+                    missing = self.cannot_decode(cpu)
+                    problem = f"{problem}; {missing}" if missing else ""
+                if not problem and access != "w":
+                    problem = "single steps see writes only"
+                if not problem and len(self.cpus) > 1:
+                    problem = "several vCPUs cannot be stepped together"
+            if not problem:
+                point = Watchpoint(self, address, length, access, way)
+                self.watchpoints.append(point)
+                return point
+            problems.append(f"{way}: {problem}")
+        mode = probe.mode_of(cpu.load_sregs())
+        raise CapabilityError(f"no watchpoint at {address:#x} in {mode}: {'; '.join(problems)}")
+
+    def delete(self, point: Any) -> None:
+        """Take a breakpoint or watchpoint away. Idempotent."""
+        if point.deleted:
+            return
+        point.deleted = True
+        (self.breakpoints if point in self.breakpoints else self.watchpoints).remove(point)
+        undo = getattr(point, "_undo", None)
+        if undo is not None:
+            undo()
+
+    def _strike(self, point: Breakpoint) -> Callable[[Cpu, int], Stop | None]:
+        return lambda cpu, address: Stop(BREAKPOINT, cpu.index, address, point)
+
+    # ---- running ---------------------------------------------------------------------------------
+
+    def run(self, cpus: list[Cpu], deadline: int, max_exits: int | None, go: Go) -> tuple[Cpu, Any]:
+        """Run the vCPUs until something ends that; ``go`` is how a machine runs undebugged."""
+        if self._steps is not None:
+            cpu, look = self._steps
+            return self._told(cpu, self._walk(cpu, deadline, look, go))
+        watching = [point for point in self.watchpoints if point.way == probe.STEP]
+        if watching or any(point.way == probe.STEP for point in self.breakpoints):
+            look = self._watch_by_steps(watching)
+            return self._told(cpus[0], self._walk(cpus[0], deadline, look, go))
+        while True:
+            for cpu in cpus:
+                if self._stands_at_stop(cpu):
+                    end = self._walk(cpu, deadline, _once, go)
+                    if end.reason != STEP:
+                        return self._told(cpu, end)
+            for cpu in cpus:
+                self._arm(cpu)
+            cpu, end = go(cpus, deadline, max_exits)
+            if end.reason != AGAIN and self._is_wanted(cpu, end):
+                return self._told(cpu, end)
+            self._stood[cpu.index] = self.address(cpu)
+
+    def steps(self, cpu: Cpu, look: Look | None) -> None:
+        """Have the next runs step one vCPU until ``look(cpu)`` gives a Stop; None: run again."""
+        self._steps = None if look is None else (cpu, look)
+
+    def _told(self, cpu: Cpu, end: Any) -> tuple[Cpu, Any]:
+        if end.reason in (BREAKPOINT, WATCHPOINT, STEP):
+            self._stood[cpu.index] = self.address(cpu)
+        return cpu, end
+
+    def _stands_at_stop(self, cpu: Cpu) -> bool:
+        """Whether it was stopped here, and would be again at once."""
+        stood = self._stood.pop(cpu.index, None)
+        return stood is not None and stood == self.address(cpu) and self._stops_at(cpu, stood)
+
+    def _stops_at(self, cpu: Cpu, address: int) -> bool:
+        if any(point.address == address for point in self.breakpoints):
+            return True
+        return bool(self.planted) and self.gpa(cpu, address) in self.planted
+
+    # ---- called while a run is on, in the vCPU's thread ------------------------------------------
+
+    def struck(self, index: int) -> Stop | None:
+        """An IN that may be a planted stop: a Stop, or None for the guest to go on."""
+        cpu = self.cpus[index]
+        regs = cpu.load_regs()
+        address = self.address(cpu)
+        gpa = self.gpa(cpu, address)
+        if gpa is None or not self.planted.stops_at(gpa):
+            cpu._runner.pass_on()
+            return None
+        # KVM finishes an IN on re-entry only: let it, and take back what it did.
+        rip, rax = regs.rip, regs.rax
+        cpu._runner.complete()
+        regs = cpu.load_regs()
+        regs.rip, regs.rax = rip, rax
+        cpu.dirty(REGS)
+        return self._strike_at(cpu, gpa, address)
+
+    def _strike_at(self, cpu: Cpu, gpa: int, address: int) -> Stop | None:
+        wanted = None
+        for strike in list(self._at_gpa[gpa]):
+            stop = strike(cpu, address)
+            if stop is not None and (wanted is None or stop.reason == BREAKPOINT):
+                wanted = stop
+        if wanted is None and gpa in self._at_gpa:
+            return Stop(AGAIN, cpu.index, address)
+        return wanted
+
+    def exit(self, index: int, exit: Any) -> Any:
+        """A debug exit or a shutdown: a Stop, None to go on, or False if it is not ours."""
+        cpu = self.cpus[index]
+        if exit.reason == kvm.KVM_EXIT_SHUTDOWN:
+            return self._shutdown(cpu)
+        if index not in self._looks and not self._armed.get(index, (0,))[0]:
+            return False
+        address = self.address(cpu)
+        for point in self.breakpoints:
+            if point.way == probe.HARDWARE and point.address == address:
+                return Stop(BREAKPOINT, index, address, point)
+        watched = [point for point in self.watchpoints if point.way == probe.WATCH]
+        if watched and exit.dr6 & 0xF:
+            hit = (exit.dr6 & 0xF).bit_length() - 1
+            number = hit - sum(point.way == probe.HARDWARE for point in self.breakpoints)
+            if 0 <= number < len(watched):
+                return Stop(WATCHPOINT, index, address, watched[number])
+        look = self._looks.get(index)
+        return None if look is None else self._stepped(cpu, look)
+
+    def _shutdown(self, cpu: Cpu) -> Any:
+        """Whether a guest without an IDT fell over a planted stop: IN is not permitted to it."""
+        if not self.planted:
+            return False
+        address = self.address(cpu)
+        gpa = self.gpa(cpu, address)
+        if gpa is None or not self.planted.stops_at(gpa):
+            return False
+        cpu._forget_history()
+        return self._strike_at(cpu, gpa, address)

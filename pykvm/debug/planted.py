@@ -1,0 +1,158 @@
+"""Stops planted in the guest's code: one byte each, IN AL,DX, in place of an instruction's first.
+
+It is the one place that writes such bytes, and knows what was there before. Who copies the guest's
+memory (a snapshot) does it ``with planted.lifted():``, and who writes it from such a copy calls
+:meth:`Planted.put_back` afterwards: planted bytes are no part of the guest.
+
+Why this instruction: docs/debugging.md. C looks whether an exit may be of one of them
+(``csrc/watch.c``), :class:`~pykvm.debug.debugger.Debugger` what it means.
+"""
+
+from __future__ import annotations
+
+from pykvm._abi import ffi
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from typing import Any
+
+    from pykvm.memory import GuestMemory
+
+IN_AL_DX = 0xEC
+_PAGE = 0x1000
+
+
+class Planted:
+    """The planted bytes of one guest.
+
+    Several may want a stop at the same place: it is planted once, and stays until the last of them
+    has removed it. Iteration gives ``(gpa, the byte that belongs there)``.
+
+    Args:
+        memory: the guest's memory.
+        vcpus: its ``struct pykvm_vcpu *``, which are told where stops may be.
+    """
+
+    def __init__(self, memory: GuestMemory, vcpus: Iterable[Any]) -> None:
+        self._memory = memory
+        self._vcpus = list(vcpus)
+        self._users: dict[int, int] = {}
+        self._originals: dict[int, int] = {}
+        self._lifted: set[int] = set()
+        self._c = ffi.new("struct pykvm_planted *")
+        self._at_offset = [0] * _PAGE
+
+    def __contains__(self, gpa: object) -> bool:
+        return gpa in self._originals
+
+    def __len__(self) -> int:
+        return len(self._originals)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(sorted(self._originals.items()))
+
+    def stops_at(self, gpa: int | None) -> bool:
+        """Whether an IN at ``gpa`` is a planted one. While that is lifted it is the guest's own."""
+        return gpa in self._originals and gpa not in self._lifted
+
+    def plant(self, gpa: int) -> None:
+        """Put a stop at a guest-physical address, or count one more who wants it.
+
+        Raises:
+            GuestMemoryError: there is no memory.
+        """
+        users = self._users.get(gpa, 0)
+        if not users:
+            original = self._memory[gpa]
+            self._memory.load(gpa, bytes([IN_AL_DX]))
+            self._originals[gpa] = original
+            self._lifted.discard(gpa)
+            self._mark(gpa, 1)
+        self._users[gpa] = users + 1
+
+    def remove(self, gpa: int) -> None:
+        """Take a stop away once nobody wants it any longer; nothing where there is none."""
+        users = self._users.get(gpa, 0)
+        if users > 1:
+            self._users[gpa] = users - 1
+        elif users:
+            del self._users[gpa]
+            original = self._originals.pop(gpa)
+            self._mark(gpa, -1)
+            if self._memory[gpa] == IN_AL_DX:  # else the guest has written its code anew
+                self._memory.load(gpa, bytes([original]))
+
+    def clear(self) -> None:
+        """Take all of them away."""
+        for gpa in list(self._originals):
+            self._users[gpa] = 1
+            self.remove(gpa)
+
+    def lifted(self, gpas: Iterable[int] | None = None) -> Lifted:
+        """For the length of a ``with``: memory as the guest knows it, everywhere or at places."""
+        return Lifted(self, None if gpas is None else tuple(gpas))
+
+    def lift(self, gpas: Iterable[int] | None = None) -> None:
+        """Write the guest's own bytes; what it has written itself meanwhile is taken for those."""
+        for gpa in list(self._originals) if gpas is None else gpas:
+            if gpa in self._originals and self._memory[gpa] == IN_AL_DX:
+                self._memory.load(gpa, bytes([self._originals[gpa]]))
+            self._lifted.add(gpa)
+
+    def put_back(self, gpas: Iterable[int] | None = None) -> None:
+        """Plant all again after :meth:`lift`, or after memory was written from a copy.
+
+        The bytes that are there now are the guest's own from here on.
+        """
+        for gpa in list(self._originals) if gpas is None else gpas:
+            self._lifted.discard(gpa)
+            if gpa in self._originals:
+                now = self._memory[gpa]
+                if now != IN_AL_DX:
+                    self._originals[gpa] = now
+                    self._memory.load(gpa, bytes([IN_AL_DX]))
+
+    def hide(self, gpa: int, data: bytes) -> bytes:
+        """``data``, which was read at ``gpa``, with the guest's own bytes in it."""
+        hidden = None
+        for at, original in self._originals.items():
+            if gpa <= at < gpa + len(data) and data[at - gpa] == IN_AL_DX:
+                hidden = hidden or bytearray(data)
+                hidden[at - gpa] = original
+        return data if hidden is None else bytes(hidden)
+
+    def wrote(self, gpa: int, data: bytes) -> None:
+        """``data`` was written at ``gpa``, as the guest's own: stops that it covers stay."""
+        for at in self._originals:
+            if gpa <= at < gpa + len(data):
+                self._originals[at] = data[at - gpa]
+                self._memory.load(at, bytes([IN_AL_DX]))
+
+    def _mark(self, gpa: int, step: int) -> None:
+        """Count the stops at an offset, and tell C which offsets have one."""
+        offset = gpa % _PAGE
+        self._at_offset[offset] += step
+        bit = 1 << offset % 64
+        if self._at_offset[offset]:
+            self._c.offsets[offset // 64] |= bit
+        else:
+            self._c.offsets[offset // 64] &= ~bit
+        for c in self._vcpus:
+            c.planted = self._c if self._originals else ffi.NULL
+
+
+class Lifted:
+    """What :meth:`Planted.lifted` gives."""
+
+    __slots__ = ("_gpas", "_planted")
+
+    def __init__(self, planted: Planted, gpas: tuple[int, ...] | None) -> None:
+        self._planted = planted
+        self._gpas = gpas
+
+    def __enter__(self) -> None:
+        self._planted.lift(self._gpas)
+
+    def __exit__(self, *exc: object) -> None:
+        self._planted.put_back(self._gpas)

@@ -1,0 +1,248 @@
+"""Single steps, by KVM where it can, else by stops at every instruction that may come next."""
+
+from __future__ import annotations
+
+from pykvm import kvm
+from pykvm.debug import probe
+from pykvm.debug.planted import Planted
+from pykvm.debug.stops import AGAIN, BREAKPOINT, HALTED, STEP, WATCHPOINT, Breakpoint, Stop
+from pykvm.errors import CapabilityError
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from typing import Any
+
+    from pykvm.cpu import Cpu
+    from pykvm.debug.stops import Watchpoint
+    from pykvm.debugging import Debugging
+
+    Look = Callable[[Cpu], "Stop | None"]
+    Go = Callable[[list[Cpu], int, int | None], tuple[Cpu, Any]]
+    Strike = Callable[[Cpu, int], "Stop | None"]
+
+REGISTERS = 4
+"""Debug registers of a processor (SDM Vol. 3B §18.2)."""
+LENGTHS = {1: 0, 2: 1, 4: 3, 8: 2}
+"""DR7.LEN of so many bytes."""
+_ACCESS = {"x": 0, "w": 1, "rw": 3}
+_HLT = 0xF4
+
+
+class Stepping:
+    """The half of a :class:`~pykvm.debug.debugger.Debugger` that makes single steps.
+
+    Args:
+        machine: the machine.
+        make: makes a small machine on the same KVM, for :mod:`pykvm.debug.probe`.
+    """
+
+    def __init__(self, machine: Debugging, make: Callable[[], Any]) -> None:
+        self._machine = machine
+        self._make = make
+        self.cpus: tuple[Cpu, ...] = machine.cpus
+        self.planted = Planted(machine.memory, [cpu._runner.c for cpu in machine.cpus])
+        self.breakpoints: list[Breakpoint] = []
+        self.watchpoints: list[Watchpoint] = []
+        self._at_gpa: dict[int, list[Strike]] = {}
+        self._armed: dict[int, tuple[int, tuple[int, ...]]] = {}
+        self._looks: dict[int, Look] = {}  # after each single step of a vCPU
+        self._before: dict[int, int] = {}  # where it stood before that
+
+    def obstacle(self, way: str, cpu: Cpu) -> str:
+        """Why ``cpu``, in the mode that it is in, cannot be stopped in a way: "" if it can."""
+        mode = probe.mode_of(cpu.load_sregs())
+        return probe.obstacle(way, mode, self._make, self._machine.kvm.path)
+
+    def gpa(self, cpu: Cpu, address: int) -> int | None:
+        """Guest-physical address of a linear one, in RAM, or None."""
+        from pykvm.arch.x86_64.walk import translate
+
+        found = translate(self._machine.memory, cpu.load_sregs(), address)
+        if found is None or not self._machine.memory.covers(found):
+            return None
+        return found
+
+    @staticmethod
+    def address(cpu: Cpu) -> int:
+        """Linear address of the next instruction."""
+        rip: int = cpu.load_regs().rip
+        sregs = cpu.load_sregs()
+        return _linear(rip, sregs)
+
+    def plant(self, gpa: int, strike: Strike) -> None:
+        """Have ``strike(cpu, address)`` called when a vCPU comes to ``gpa``: a Stop, or None."""
+        self.planted.plant(gpa)
+        self._at_gpa.setdefault(gpa, []).append(strike)
+
+    def unplant(self, gpa: int, strike: Strike) -> None:
+        """The end of that."""
+        self._at_gpa[gpa].remove(strike)
+        if not self._at_gpa[gpa]:
+            del self._at_gpa[gpa]
+        self.planted.remove(gpa)
+
+    def _is_wanted(self, cpu: Cpu, end: Any) -> bool:
+        point = end.exit.point if isinstance(end.exit, Stop) else None
+        if point is None:
+            return True
+        condition = getattr(point, "condition", None)
+        if condition is not None and not condition(cpu):
+            point.passed += 1
+            return False
+        point.hits += 1
+        if isinstance(point, Breakpoint) and point.once:
+            point.delete()
+        return True
+
+    # ---- steps -----------------------------------------------------------------------------------
+
+    def _walk(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
+        """Step one vCPU until ``look`` gives a Stop after a step, or something else ends it.
+
+        A stop that is planted where the vCPU stands is stepped over; those on the way stop it.
+        """
+        over = True
+        while True:
+            problem = self.obstacle(probe.STEP, cpu)
+            if problem:
+                reason = self.cannot_decode(cpu)
+                if reason:
+                    mode = probe.mode_of(cpu.load_sregs())
+                    raise CapabilityError(f"no single step in {mode}: {problem}; {reason}")
+                end = self._step_by_planting(cpu, deadline, go)
+                if end.reason == AGAIN:
+                    end = look(cpu)
+            else:
+                here = self.gpa(cpu, self.address(cpu)) if self.planted and over else None
+                if here is not None and here in self.planted:
+                    with self.planted.lifted([here]):
+                        end = self._single_step(cpu, deadline, _once, go)
+                    if end.reason == STEP:
+                        end = look(cpu)
+                else:
+                    end = self._single_step(cpu, deadline, look, go)
+            over = end is not None
+            if end is not None and end.reason != AGAIN and self._is_wanted(cpu, end):
+                return end
+
+    def _single_step(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
+        self._looks[cpu.index] = look
+        self._before[cpu.index] = self.address(cpu)
+        try:
+            self._arm(cpu, step=True)
+            _, end = go([cpu], deadline, None)
+        finally:
+            del self._looks[cpu.index]
+            self._arm(cpu)
+        return end
+
+    def cannot_decode(self, cpu: Cpu) -> str:
+        """Why instructions cannot be told apart here: "" if they can."""
+        from pykvm.debug import disassembly
+
+        return self.obstacle(probe.PORT, cpu) or disassembly.missing()
+
+    def _step_by_planting(self, cpu: Cpu, deadline: int, go: Go) -> Any:
+        """One step where there are no single steps: a stop at every instruction that may be next.
+
+        Returns: an end with reason AGAIN for a step, or what else came.
+        """
+        from pykvm.debug.disassembly import successors
+
+        here = self.address(cpu)
+        gpas = {self.gpa(cpu, next) for next in successors(cpu, self._machine.memory, self.planted)}
+        at = self.gpa(cpu, here)
+
+        def strike(cpu: Cpu, address: int) -> Stop:
+            return Stop(AGAIN, cpu.index, address)
+
+        if gpas == {at}:  # a jump to itself: after it the guest is where it was
+            return Stop(AGAIN, cpu.index, here)
+        planted = [gpa for gpa in gpas if gpa is not None and gpa != at]
+        for gpa in planted:
+            self.plant(gpa, strike)
+        try:
+            with self.planted.lifted([] if at is None else [at]):
+                self._arm(cpu)
+                _, end = go([cpu], deadline, None)
+        finally:
+            for gpa in planted:
+                self.unplant(gpa, strike)
+        return end
+
+    def _watch_by_steps(self, points: Iterable[Watchpoint]) -> Look:
+        points = list(points)
+        breaks = {point.address: point for point in self.breakpoints if point.way == probe.STEP}
+
+        def look(cpu: Cpu) -> Stop | None:
+            address = self.address(cpu)
+            for point in points:
+                now = self._bytes(cpu, point)
+                if point.value is not None and now != point.value:
+                    old, point.value = point.value, now
+                    return Stop(WATCHPOINT, cpu.index, address, point, old, now)
+                point.value = now
+            if address in breaks:
+                return Stop(BREAKPOINT, cpu.index, address, breaks[address])
+            return None
+
+        for point in points:
+            point.value = self._bytes(self.cpus[0], point)
+        return look
+
+    def _bytes(self, cpu: Cpu, point: Watchpoint) -> bytes:
+        from pykvm.arch.x86_64.walk import read_virtual
+
+        return read_virtual(self._machine.memory, cpu.load_sregs(), point.address, point.length)
+
+    # ---- KVM_SET_GUEST_DEBUG ---------------------------------------------------------------------
+
+    def _arm(self, cpu: Cpu, step: bool = False) -> None:
+        """Tell KVM what is to stop this vCPU, if that has changed."""
+        control, registers = 0, [0] * 8
+        number = 0
+        points: list[tuple[Any, str, int]] = [
+            (point, "x", 1) for point in self.breakpoints if point.way == probe.HARDWARE
+        ]
+        if step:
+            control |= kvm.KVM_GUESTDBG_SINGLESTEP | self._block_interrupts()
+            points = [each for each in points if each[0].address != self.address(cpu)]
+        points += [(p, p.access, p.length) for p in self.watchpoints if p.way == probe.WATCH]
+        for point, access, length in points[:REGISTERS]:
+            registers[number] = point.address
+            registers[7] |= 0x400 | 1 << 2 * number
+            registers[7] |= (_ACCESS[access] | LENGTHS[length] << 2) << (16 + 4 * number)
+            number += 1
+        if number:
+            control |= kvm.KVM_GUESTDBG_USE_HW_BP
+        if control:
+            control |= kvm.KVM_GUESTDBG_ENABLE
+        wanted = control, tuple(registers)
+        if step or self._armed.get(cpu.index, (0, (0,) * 8)) != wanted:
+            cpu.vcpu.set_guest_debug(control, registers)
+            self._armed[cpu.index] = wanted
+
+    def _block_interrupts(self) -> int:
+        offered = self._machine.vm.check_extension("KVM_CAP_SET_GUEST_DEBUG2")
+        return int(kvm.KVM_GUESTDBG_BLOCKIRQ & offered)
+
+    def _stepped(self, cpu: Cpu, look: Look) -> Stop | None:
+        """After one of KVM's single steps: the Stop, if it is to end there."""
+        address, before = self.address(cpu), self._before[cpu.index]
+        self._before[cpu.index] = address
+        # A KVM that emulates the instruction tells of the step, and no longer of the halt.
+        if address == before + 1 and self._machine.irqchip is None:
+            gpa = self.gpa(cpu, before)
+            if gpa is not None and self._machine.memory[gpa] == _HLT:
+                return Stop(HALTED, cpu.index, address)
+        return look(cpu)
+
+
+def _linear(rip: int, sregs: Any) -> int:
+    long = sregs.efer & 1 << 10 and sregs.cs.l
+    return rip if long else (sregs.cs.base + rip) & 0xFFFFFFFF
+
+
+def _once(cpu: Cpu) -> Stop:
+    return Stop(STEP, cpu.index, Stepping.address(cpu))
