@@ -72,7 +72,10 @@ __all__ = [
     "asm",
 ]
 
-_MODULES = ("virtio",)
+_MODULES = (
+    "virtio",
+    "vmcore",
+)
 _LATER = {"Code": "assembler", "asm": "assembler", "Pool": "pool", "Snapshot": "snapshots"}
 
 

@@ -177,6 +177,11 @@ class Cpu(GeneralRegisters):
         run.kvm_dirty_regs = 0
 
     @property
+    def supported(self) -> list[Any]:
+        """The CPUID leaves that it was made from; [] without any."""
+        return self._supported
+
+    @property
     def vcpu(self) -> Vcpu:
         """The :class:`pykvm.kvm.Vcpu` below, for every other ioctl.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Iterator
     from typing import Any
 
@@ -47,3 +48,11 @@ class SnapshotMethods:
         from pykvm.fuzzing import fuzz
 
         return fuzz(self, snapshot, inputs, **options)  # type: ignore[arg-type]
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write memory and registers as an ELF core file, for gdb, crash and drgn.
+
+        See :mod:`pykvm.snapshot.vmcore`. :func:`pykvm.vmcore.machine` is the way back.
+        """
+        with self.snapshot() as snapshot:
+            snapshot.dump(path)

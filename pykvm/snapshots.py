@@ -1,4 +1,4 @@
-"""``Snapshot``: a machine at one moment; to go back to, to fork, to compare.
+"""``Snapshot``: a machine at one moment; to go back to, to fork, to compare, to keep in a file.
 
 ::
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import os
 from contextlib import ExitStack, contextmanager
 
+from pykvm import snapshot_cpuid as cpuid_of
 from pykvm.errors import BusyError, ClosedError, SnapshotError
 from pykvm.machine import Machine
 from pykvm.memory import GuestMemory
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
 
 class Snapshot:
-    """A machine at one moment. ``Machine.snapshot()`` takes it.
+    """A machine at one moment. ``Machine.snapshot()`` takes it, :meth:`load` reads it.
 
     It is a value: it never changes, and outlives its machine. Its memory goes with the last
     reference to it, or with :meth:`close`.
@@ -58,6 +59,10 @@ class Snapshot:
         is_pc: whether it was booted, and so has the devices of a PC.
         image: its memory.
         id: 32 hexadecimal digits that no other snapshot has.
+        path: the file that it is in, or "".
+        loaded: whether it was read from there.
+        cpuid: the CPUID leaves that the machine was made from, each as hexadecimal bytes.
+        tsc_khz: the guest's TSC frequency, or 0 where KVM does not tell.
     """
 
     def __init__(
@@ -82,6 +87,10 @@ class Snapshot:
         self.image = image
         self.is_pc = is_pc
         self.id = id or os.urandom(16).hex()
+        self.path = ""
+        self.loaded = False
+        self.cpuid: list[str] | None = None
+        self.tsc_khz = 0
         self.boot_plan: Any = None
         self._machine: Machine | None = None
 
@@ -124,10 +133,9 @@ class Snapshot:
     def fork(self, setup: Setup | None = None) -> Machine:
         """Make another machine of it, which shares every page of memory until it writes it.
 
-        What C serves (``m.pio.fifo()`` and its like), the devices of a PC, virtio ``Rng`` and
-        ``Console`` are made anew. Handlers in Python, other devices and disks are code, or
-        belong to the other machine: ``setup`` gives the new one its own, before their state is
-        restored.
+        What C serves (``m.pio.fifo()`` and its like) and the devices of a PC are made anew.
+        Handlers in Python, other devices and disks are code, or belong to the other machine:
+        ``setup`` gives the new one its own, before their state is restored.
 
         Args:
             setup: called with the machine before anything is restored.
@@ -151,6 +159,8 @@ class Snapshot:
                 machine.pc = Pc(machine)
                 machine.pc.plan = self.boot_plan
             claims_of.give(self.claims, (machine.pio, machine.mmio))
+            if self.loaded:
+                cpuid_of.same_tsc(machine, self.tsc_khz)
             plan = _plan(machine, self, None)
             if not plan.run():
                 raise SnapshotError("a vCPU that never ran has an access open")
@@ -180,6 +190,92 @@ class Snapshot:
     def sregs(self, cpu: int = 0) -> Any:
         """The segment and control registers of a vCPU: a ``struct kvm_sregs *`` of your own."""
         return self.vcpus[cpu].struct("sregs")
+
+    # ---- keeping -------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str], base: Any = None) -> None:
+        """Write it to a file; see :mod:`pykvm.snapshot.file`.
+
+        Args:
+            path: the file, which is made anew.
+            base: another snapshot that was saved or loaded, or its path: the file then has only
+                what is different, and needs that one to be loaded.
+        """
+        from pykvm.snapshot import file
+
+        below = None
+        if base is not None:
+            base = base if isinstance(base, Snapshot) else Snapshot.load(base)
+            if not base.path:
+                raise SnapshotError("the base is in no file: save() it first")
+            below = base.path, base.id, base.image
+        file.save(self._header(), self.image, os.fspath(path), below)
+        self.path = os.path.abspath(os.fspath(path))
+
+    def _header(self) -> dict[str, Any]:
+        from pykvm import __version__
+        from pykvm.snapshot import file
+
+        return {
+            "id": self.id,
+            "pykvm": __version__,
+            "options": {**self.options, "cpuid": self.cpuid},
+            "tsc_khz": self.tsc_khz,
+            "cpus": self.cpus,
+            "is_pc": self.is_pc,
+            "vcpus": [file.vcpu_to_json(state) for state in self.vcpus],
+            "vm": {name: data.hex() for name, data in self.vm.items()},
+            "devices": self.devices,
+            "claims": self.claims,
+        }
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
+        """Read a file that :meth:`save` wrote. :meth:`fork` makes a machine of it.
+
+        Args:
+            path: the file.
+            verify: read all pages there are and compare their checksums. Else pages are read as the
+                guest touches them, whatever is in the file then.
+
+        Raises:
+            SnapshotError: damaged, newer, or not a snapshot: the reason.
+        """
+        from pykvm.snapshot import file
+
+        name = os.fspath(path)
+        header, image = file.load(name, verify)
+        try:
+            options = dict(header["options"])
+            cpuid = options["cpuid"]
+            options["cpuid"] = cpuid_of.entries(cpuid)
+            options["path"] = "/dev/kvm"
+            made = cls(
+                options,
+                [file.vcpu_of_json(each) for each in header["vcpus"]],
+                file.vm_of_json(header["vm"]),
+                dict(header["devices"]),
+                [dict(each) for each in header["claims"]],
+                [(bool(entered), str(ended)) for entered, ended in header["cpus"]],
+                image,
+                is_pc=bool(header["is_pc"]),
+                id=str(header["id"]),
+            )
+            made.cpuid, made.tsc_khz = cpuid, int(header["tsc_khz"])
+            if len(made.cpus) != len(made.vcpus) or len(made.cpus) != options["cpus"]:
+                raise ValueError("it is of different numbers of vCPUs")
+        except (KeyError, TypeError, ValueError) as error:
+            image.close()
+            raise SnapshotError(f"{name}: the header does not make sense: {error!r}") from error
+        made.path = os.path.abspath(name)
+        made.loaded = True
+        return made
+
+    def dump(self, path: str | os.PathLike[str]) -> None:
+        """Write memory and registers as an ELF core file, see ``Machine.dump``."""
+        from pykvm.snapshot.vmcore import dump
+
+        dump(self.image, self.vcpus, os.fspath(path))
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -240,6 +336,8 @@ def take(machine: Machine) -> Snapshot:
             is_pc=machine.pc is not None,
         )
     snapshot._machine = machine
+    snapshot.cpuid = cpuid_of.as_text(machine.cpu)
+    snapshot.tsc_khz = cpuid_of.tsc_khz(machine)
     if machine.pc is not None:
         snapshot.boot_plan = machine.pc.plan
     return snapshot

@@ -38,6 +38,20 @@ def new_cpuid2(entries: Iterable[Any]) -> Any:
     return cpuid
 
 
+def to_bytes(entry: Any) -> bytes:
+    """A ``struct kvm_cpuid_entry2`` as its bytes."""
+    return bytes(ffi.buffer(pointer(entry, "struct kvm_cpuid_entry2 *")))
+
+
+def from_bytes(data: bytes) -> Any:
+    """Back from :func:`to_bytes`. Raises ValueError for another length."""
+    entry = ffi.new("struct kvm_cpuid_entry2 *")
+    if len(data) != ffi.sizeof(entry[0]):
+        raise ValueError(f"a CPUID leaf has {ffi.sizeof(entry[0])} bytes, not {len(data)}")
+    ffi.memmove(entry, data, len(data))
+    return entry[0]
+
+
 def read_cpuid(handle: Handle, name: str) -> list[Any]:
     """The entries that a KVM_GET_*CPUID* ioctl returns, each an object of its own."""
     count = CPUID_ENTRIES

@@ -6,7 +6,7 @@ from pykvm.errors import SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from pykvm.devices.bus import Bus
@@ -16,12 +16,18 @@ def find(buses: Iterable[Bus]) -> dict[str, Any]:
     """Every device with a state, by the first port or address that it serves: ``"pio:0x3f8"``.
 
     A device is what stands behind a claim's C action, or the object whose method serves it. One
-    that serves several ranges is found once.
+    that serves several ranges is found once. What is on a PCI bus is found by its number,
+    ``"pci:1"``, wherever the guest has put its BARs.
     """
     found: dict[str, Any] = {}
     seen: set[int] = set()
-    for bus in buses:
-        for claim in bus.claims():
+    claims = [(bus, claim) for bus in buses for claim in bus.claims()]
+    for function_name, function in _functions(claims):
+        found[function_name] = function
+        for bar in function.bars.values():
+            seen |= {id(claim) for claim in bar.claims}
+    for bus, claim in claims:
+        if id(claim) not in seen:
             for device in (claim.device, getattr(claim.handler, "__self__", None)):
                 if (
                     device is not None
@@ -32,6 +38,17 @@ def find(buses: Iterable[Bus]) -> dict[str, Any]:
                     seen.add(id(device))
                     found[f"{bus.name}:{claim.first:#x}"] = device
     return found
+
+
+def _functions(claims: Iterable[tuple[Bus, Any]]) -> Iterator[tuple[str, Any]]:
+    """Everything on a PCI bus, by the handler of whose registers the bus itself is found."""
+    roots: list[Any] = []
+    for _, claim in claims:
+        root: Any = getattr(claim.handler, "__self__", None)
+        if hasattr(root, "functions") and root not in roots:
+            roots.append(root)
+            for number, function in root.functions.items():
+                yield f"pci:{number}", function
 
 
 def capture(devices: dict[str, Any]) -> dict[str, Any]:

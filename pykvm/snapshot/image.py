@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
     from pykvm.memory import GuestMemory, Region
 
+    Patch = tuple[int, int, Any, int]
+
 _SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_FUTURE_WRITE", "F_SEAL_SEAL")
 
 
@@ -84,19 +86,17 @@ class Image:
     Args:
         fd: the file, which is the image's from here on.
         parts: one for each region, by gpa.
-        patches: of a chain of files: (fd, part, bitmap of the pages in it, offset of its first),
-            in order; those pages take the place of the file's.
+        patches: of a chain of files: (fd, number of the part, bitmap of the pages in it, offset of
+            the first), in order; those pages take the place of the file's.
 
     Attributes:
-        parts: see above.
+        parts, patches: see above.
     """
 
-    def __init__(
-        self, fd: int, parts: Sequence[Part], patches: Sequence[tuple[int, Part, Any, int]] = ()
-    ) -> None:
+    def __init__(self, fd: int, parts: Sequence[Part], patches: Sequence[Patch] = ()) -> None:
         self.parts = tuple(parts)
         self._fd = fd
-        self._patches = tuple(patches)
+        self.patches = tuple(patches)
         self._map: mmap.mmap | None = None
         self._address = 0
         length = max((part.offset + part.size for part in self.parts), default=0)
@@ -104,12 +104,13 @@ class Image:
             # Patched, it is a private mapping, and pages of the file come in as they are looked at.
             self._map = (
                 mmap.mmap(fd, length, mmap.MAP_PRIVATE)
-                if self._patches
+                if self.patches
                 else mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
             )
             with ffi.from_buffer(self._map) as start:
                 self._address = int(ffi.cast("uintptr_t", start))
-        for source, part, bitmap, at in self._patches:
+        for source, number, bitmap, at in self.patches:
+            part = self.parts[number]
             for first, count in part.runs(bitmap):
                 size = count * PAGE_SIZE
                 assert self._map is not None
@@ -168,11 +169,14 @@ class Image:
                 slot=part.slot,
                 name=part.name,
             )
-        for source, part, bitmap, at in self._patches:
+        for _, number, bitmap, _ in self.patches:
+            part = self.parts[number]
             for first, count in part.runs(bitmap):
-                data = os.pread(source, count * PAGE_SIZE, at)
-                memory.load(part.gpa + first * PAGE_SIZE, data)
-                at += count * PAGE_SIZE
+                at = part.offset + first * PAGE_SIZE
+                assert self._map is not None
+                view = memoryview(self._map)[at : at + count * PAGE_SIZE]
+                memory.load(part.gpa + first * PAGE_SIZE, view)
+                view.release()
 
     def check(self, memory: GuestMemory) -> None:
         """SnapshotError unless a memory has the same regions in the same slots."""
@@ -191,9 +195,9 @@ class Image:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-        for source in {patch[0] for patch in self._patches}:
+        for source in {patch[0] for patch in self.patches}:
             os.close(source)
-        self._patches = ()
+        self.patches = ()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:  # a value: what nobody can restore any more just goes
