@@ -213,12 +213,10 @@ class Snapshot:
         self.path = os.path.abspath(os.fspath(path))
 
     def _header(self) -> dict[str, Any]:
-        from pykvm import __version__
         from pykvm.snapshot import file
 
         return {
             "id": self.id,
-            "pykvm": __version__,
             "options": {**self.options, "cpuid": self.cpuid},
             "tsc_khz": self.tsc_khz,
             "cpus": self.cpus,

@@ -7,8 +7,9 @@
     (up to a page boundary)
     memory: each region in full, its pages of zeros as holes of the file
 
-The header is checked whole when a file is loaded. Memory has a CRC-32 for each MiB of what is there,
-checked unless that is declined, and is mapped: a page comes from the disk when the guest touches it.
+The header is checked whole when a file is loaded. Memory has a CRC-32 for each MiB of what is
+there, checked unless that is declined, and is mapped: a page comes from the disk when the guest
+touches it.
 A file with a ``base`` has the pages that differ from that file's, one after the other.
 
 Whoever changes a file while it is mapped changes the guest's memory; who shortens it kills the
