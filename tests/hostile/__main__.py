@@ -17,7 +17,7 @@ from random import Random
 
 from pykvm.devices.virtio import blk, blk_request, console, device, mmio, queue, rng
 from pykvm.errors import CapabilityError
-from tests.hostile import guest
+from tests.hostile import guest, pci_guest
 from tests.hostile.build import Variant
 from tests.hostile.coverage import BranchCoverage
 from tests.hostile.machines import HostileDriver
@@ -36,7 +36,7 @@ GROWTH = 64 << 20
 WARM = 200
 """Episodes after which it is."""
 
-PARTS = ("ring", "device", "guest", "flood")
+PARTS = ("ring", "device", "guest", "pci", "flood")
 STOPS = 100
 MODULES = [device, queue, mmio, rng, console, blk, blk_request]
 
@@ -150,6 +150,23 @@ def program(seed: int, operations: int, only: int | None) -> str:
     return "; ".join(lines)
 
 
+def bus(seed: int, operations: int, only: int | None) -> str:
+    """The program that plays with a PCI bus, mostly with its devices served by its vCPU.
+
+    With doorbells in the kernel a BAR that moves costs KVM milliseconds.
+    """
+    lines = []
+    with _named("pci", seed, None):
+        for io, share in (("sync", operations), ("thread", operations // 20)):
+            done = pci_guest.run(share, seed, io)
+            counts = "; ".join(
+                f"{name}: {c['requests']} requests, {c['notifies']} doorbells, {c['resets']} resets"
+                for name, c in done.counters.items()
+            )
+            lines.append(f"io={io}: {done.operations} operations, {done.exits} exits, {counts}")
+    return "; ".join(lines)
+
+
 def flood(seed: int, operations: int, only: int | None) -> str:
     """So many doorbells in a row, with stops."""
     with _named("flood", seed, None):
@@ -185,6 +202,7 @@ RUN: dict[str, Callable[[int, int, int | None], str]] = {
     "ring": ring,
     "device": devices,
     "guest": program,
+    "pci": bus,
     "flood": flood,
 }
 

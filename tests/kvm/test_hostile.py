@@ -9,7 +9,7 @@ import pytest
 
 from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.queue import Queue
-from tests.hostile import guest
+from tests.hostile import guest, pci_guest
 
 OPERATIONS = 4000
 SEEDS = [int(seed) for seed in os.environ.get("PYKVM_HOSTILE_SEEDS", "1").split()]
@@ -24,6 +24,13 @@ def test_devices_survive_a_hostile_guest(io: str, seed: int) -> None:
     for counters in done.counters.values():
         assert counters["requests"] > 10 and counters["resets"] > 10 and counters["errors"] > 10
     assert done.states > 20
+
+
+@pytest.mark.parametrize(("io", "operations"), [("sync", OPERATIONS), ("thread", 300)])
+def test_a_pci_bus_survives_a_hostile_guest(io: str, operations: int) -> None:
+    done = pci_guest.run(operations, 1, io, timeout=100)
+    assert done.counters["rng"]["resets"] > operations // 100
+    assert done.counters["rng"]["requests"] > operations // 1000
 
 
 def test_what_the_program_looks_for_it_finds(monkeypatch: pytest.MonkeyPatch) -> None:
