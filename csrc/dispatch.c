@@ -47,6 +47,11 @@ static PyObject *access_new(PyTypeObject *type, PyObject *arguments, PyObject *k
         Py_DECREF(access);
         return NULL;
     }
+    if (access->size < 1 || access->size > sizeof access->value) {
+        PyErr_Format(PyExc_ValueError, "an access is 1..8 bytes wide, not %d", (int)access->size);
+        Py_DECREF(access);
+        return NULL;
+    }
     access->is_write = (char)is_write;
     return (PyObject *)access;
 }
@@ -193,11 +198,13 @@ static int take_answer(const struct pykvm_access *access, PyObject *answer, uint
 static int ask(struct pykvm_vcpu *vcpu, PyObject *handlers, PyObject *call, uint64_t *value)
 {
     /* A signal that came while C ran: Python's handler of it may raise, and nobody has seen the
-       access yet, so the next run hands it out again. */
-    if (PyErr_CheckSignals() < 0) {
-        vcpu->access.pending = PYKVM_RETRY;
+       access yet, so the next run hands it out again.  Or it gives the vCPU a new state, and the
+       access is given up. */
+    vcpu->access.pending = PYKVM_RETRY;
+    if (PyErr_CheckSignals() < 0)
         return -1;
-    }
+    if (vcpu->access.pending != PYKVM_RETRY)
+        return 0;
     int status = -1;
     PyObject *access = access_of(&vcpu->access);
     PyObject *handler = PySequence_GetItem(handlers, vcpu->access.slot); /* a reference of its own */
@@ -206,8 +213,9 @@ static int ask(struct pykvm_vcpu *vcpu, PyObject *handlers, PyObject *call, uint
         PyObject *answer = call == Py_None
                                ? PyObject_CallFunctionObjArgs(handler, access, NULL)
                                : PyObject_CallFunctionObjArgs(call, handler, access, NULL);
+        int is_waiting = vcpu->access.pending == PYKVM_ASKED && !vcpu->access.is_write;
         if (answer)
-            status = take_answer(&vcpu->access, answer, value);
+            status = is_waiting ? take_answer(&vcpu->access, answer, value) : 0;
         Py_XDECREF(answer);
     }
     Py_XDECREF(handler);

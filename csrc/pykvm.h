@@ -359,6 +359,7 @@ enum pykvm_pending {
     PYKVM_UNANSWERED, /* it was returned; the next call brings its answer */
     PYKVM_ASKED,      /* the same, and a handler has seen it */
     PYKVM_HANDED,     /* Python has another exit (PYKVM_EXIT); the next call goes on */
+    PYKVM_SEEN,       /* the same, and a hook has seen it */
 };
 
 enum pykvm_stop {

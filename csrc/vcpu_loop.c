@@ -168,6 +168,7 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
         result = pykvm_bus_serve(vcpu);
         break;
     case PYKVM_HANDED:
+    case PYKVM_SEEN:
         access->pending = PYKVM_IDLE;
         break;
     case PYKVM_UNSERVED:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pykvm.kvm import Kvm
 from pykvm.memory import GuestMemory, parse_size
 
@@ -25,8 +27,8 @@ class Host:
         self.sync_regs = bool(kvm.check_extension("KVM_CAP_SYNC_REGS"))
 
 
-_hosts: dict[str, Host] = {}
-"""By device path."""
+_hosts: dict[str, tuple[tuple[int, ...], Host]] = {}
+"""By path of the device: which device it was, and its facts."""
 
 
 def open_kvm(path: str) -> tuple[Kvm, Host]:
@@ -35,12 +37,20 @@ def open_kvm(path: str) -> tuple[Kvm, Host]:
     Raises:
         CapabilityError: no usable KVM, with the remedy.
     """
-    host = _hosts.get(path)
-    if host is not None:
-        return Kvm(path, like=host.kvm), host
+    try:
+        status = os.stat(path)
+    except OSError:
+        which = None  # Kvm() says what is wrong
+    else:  # KVM's module loaded anew, maybe with other options, is a new inode
+        which = status.st_dev, status.st_ino, status.st_ctime_ns
+    known = _hosts.get(path)
+    if known is not None and known[0] == which:
+        return Kvm(path, like=known[1].kvm), known[1]
     kvm = Kvm(path)
     try:
-        host = _hosts[path] = Host(kvm)
+        host = Host(kvm)
+        if which is not None:
+            _hosts[path] = which, host
     except BaseException:
         kvm.close()
         raise

@@ -488,8 +488,13 @@ class Machine(Debugging, SnapshotMethods):
         if self._running:
             raise self._busy()
         self._closed = True
-        if self._virtio is not None:
-            self._virtio.close()
+        try:
+            if self._virtio is not None:
+                self._virtio.close()
+        finally:
+            self._close_vm()
+
+    def _close_vm(self) -> None:
         for cpu in self.cpus:
             cpu.close()
         if self.pc is not None:

@@ -158,7 +158,7 @@ class Pc:
     def run_begins(self) -> None:
         """The console is pumped while the machine runs."""
         self.console.start()
-        if self.plan is not None and self.plan.to_keep is not None:
+        if self._keeper is None and self.plan is not None and self.plan.to_keep is not None:
             self._keeper = threading.Thread(target=self._keep, args=(self.plan,), daemon=True)
             self._keeper.start()
 

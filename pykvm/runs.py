@@ -91,18 +91,19 @@ class Runs(Hooks):
             return Background(self, cpus)
         if self._running:
             raise self._busy()
+        background = Background(self)
         self._running = True
         try:
             for cpu in cpus:
                 cpu._runner.owner = RESERVED
-            background = Background(self)
             self._devices_begin()  # here, so that a console can be waited on at once
+            self._background = background
             background.begin(lambda: self._run_them(cpus, timeout, max_exits))
         except BaseException:
-            self._devices_ended()
-            self._background_ended()
+            if not background.give_up():
+                self._devices_ended()
+                self._background_ended()
             raise
-        self._background = background
         return background
 
     def _devices_begin(self) -> None:
@@ -151,9 +152,9 @@ class Runs(Hooks):
         deadline = NEVER
         if timeout is not None and timeout < 1e9:
             deadline = time.clock_gettime_ns(time.CLOCK_MONOTONIC) + int(timeout * 1e9)
-        self._devices_begin()
         began = time.monotonic()
         try:
+            self._devices_begin()
             if self._debugger is None:
                 cpu, end = self._run(cpus, deadline, max_exits)
             else:
@@ -184,6 +185,7 @@ class Runs(Hooks):
                 try:
                     end = cpu._runner.run(deadline, max_exits)
                 except KeyboardInterrupt:
+                    cpu._runner.give_back()  # it may have come as the run ended
                     end = End(reasons.INTERRUPTED)
             else:
                 from pykvm.smp import run_together

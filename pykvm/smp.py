@@ -37,6 +37,7 @@ def run_together(cpus: list[Cpu], deadline: int, max_exits: int | None) -> tuple
         try:
             end = cpu._runner.run(deadline, max_exits, handlers)
         except BaseException as error:
+            cpu._runner.give_back()  # Ctrl-C may have come as it ended
             end = _raised(error)
         with bookkeeping:
             if end.reason == reasons.HALTED:

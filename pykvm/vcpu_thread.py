@@ -189,25 +189,32 @@ class Runner:
 
         while True:
             try:
-                outcome = _cpython.run(vcpu, handlers, call)
-            except BaseException:  # a signal's handler raised when C was back: the exit is unseen
+                end = self._other(_cpython.run(vcpu, handlers, call), lock)
+            except BaseException:  # maybe a signal's handler raised it: the exit is unseen then
                 self.give_back()
                 raise
-            end = self._other(outcome, lock)
             if end is not None:
+                if self.c.access.pending == lib.PYKVM_SEEN:  # and ended the run: that is to be told
+                    self.c.access.pending = lib.PYKVM_HANDED
                 return end
 
     def _call(self, lock: Any, function: Callable[..., object], *arguments: Any) -> Any:
+        access = self.c.access
         if lock is None:
+            if access.pending == lib.PYKVM_HANDED:
+                access.pending = lib.PYKVM_SEEN
             return function(*arguments)
         called = False
         try:
             with lock:
                 called = True
+                if access.pending == lib.PYKVM_HANDED:
+                    access.pending = lib.PYKVM_SEEN
                 return function(*arguments)
         except BaseException:
-            if not called:  # Ctrl-C while another vCPU's handler ran
-                self.give_back()
+            # Ctrl-C while another vCPU's handler ran
+            if not called and access.pending == lib.PYKVM_ASKED:
+                access.pending = lib.PYKVM_RETRY
             raise
 
     def _other(self, outcome: int, lock: Any) -> End | None:
@@ -317,6 +324,8 @@ class Runner:
             c.deadline = deadline
             c.run.immediate_exit = 1  # its beat or a stop may have been lost on us: look again
             return
+        if self.owner:  # also one that a thread is about to run
+            raise self._busy()
         page = self._page
         if not c.entries or page is None:
             return

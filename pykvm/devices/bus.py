@@ -410,22 +410,24 @@ class Bus:
         """
         if action not in ("end", "ignore", "log"):
             raise ValueError(f'unclaimed accesses "end", "ignore" or "log", not {action!r}')
-        if self._rest is not None:
-            self.release(self._rest)
-        if action == "end":
-            return None
-        if action == "ignore":
-            rest = Claim(self, 0, self._limit - 1, lib.PYKVM_IGNORE, lib.PYKVM_IGNORE)
-        else:
-            from pykvm.devices.ring import Log
+        with self._lock:
+            if self._rest is not None:
+                self.release(self._rest)
+            if action == "end":
+                return None
+            last = self._limit - 1
+            if action == "ignore":
+                rest = Claim(self, 0, last, lib.PYKVM_IGNORE, lib.PYKVM_IGNORE)
+            else:
+                from pykvm.devices.ring import Log
 
-            log = Log(sink=sink, keep=keep)
-            ones = (1 << 64) - 1
-            rest = Claim(self, 0, self._limit - 1, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
-        rest.place(self._take_slot(rest))
-        self._rest = rest
-        self._changed()
-        return rest
+                log = Log(sink=sink, keep=keep)
+                ones = (1 << 64) - 1
+                rest = Claim(self, 0, last, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
+            rest.place(self._take_slot(rest))
+            self._rest = rest
+            self._changed()
+            return rest
 
     def eventfd(
         self,

@@ -116,6 +116,72 @@ def test_a_thread_that_cannot_be_had_leaves_nothing(
     assert m.run(timeout=0.01).reason == reasons.TIMEOUT
 
 
+def test_ctrl_c_as_its_thread_comes_up_leaves_no_run_behind(
+    m: pykvm.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The machine must not take itself for idle while a thread is in the guest."""
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        assert in_guest.wait(GENEROUS)
+        raise KeyboardInterrupt
+
+    in_guest = threading.Event()
+    enter(m, "out 0x10,al; l: jmp l")
+    m.on_pio(0x10, lambda access: in_guest.set())
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(threading.Thread, "start", interrupted)
+        m.start(timeout=GENEROUS)
+    assert not m.running
+    assert m.cpu.rip == 0x8002
+    assert m.run(timeout=0.01).reason == reasons.TIMEOUT
+
+
+def test_ctrl_c_before_its_thread_has_begun_leaves_nothing_to_begin(m: pykvm.Machine) -> None:
+    enter(m, "hlt")
+    background = Background(m)
+    assert not background.give_up()
+    ran: list[object] = []
+    background.begin(lambda: ran.append(1))  # type: ignore[arg-type, return-value]
+    assert background._thread is not None
+    background._thread.join(GENEROUS)
+    assert (ran, background.running) == ([], False)
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+@pytest.mark.parametrize("how", ["wait", "stop", "close", "machine"])
+def test_a_handler_cannot_wait_for_its_own_run(how: str, cpus: int) -> None:
+    with pykvm.Machine(memory="2M", cpus=cpus) as m:
+        m.load(pykvm.asm("cmp dil,0; jne o; h: hlt; o: out 0x10,al; hlt", at=0x8000))
+        for cpu in m.cpus:
+            cpu.enter("long64", entry=0x8000)
+            cpu.rdi = cpu.index + 2 - cpus  # the last one's handler asks
+
+        ready = threading.Event()
+
+        @m.on_pio(0x10)
+        def _(access: PioAccess) -> None:
+            assert ready.wait(GENEROUS)
+            if how == "machine":
+                m.close()
+            else:
+                getattr(running, how)()
+
+        running = m.start(timeout=GENEROUS)
+        ready.set()
+        with pytest.raises(pykvm.BusyError):
+            running.wait(GENEROUS)
+
+
+def test_a_signals_handler_may_stop_it_too(m: pykvm.Machine) -> None:
+    enter(m, "l: jmp l")
+    running = m.start(timeout=GENEROUS)
+    with running._lock:  # where Ctrl-C may find the main thread
+        running._stop(reasons.STOPPED, None)
+    assert running.wait(GENEROUS).reason == reasons.STOPPED
+
+
 def test_leaving_the_block_stops_it_also_by_an_exception(m: pykvm.Machine) -> None:
     enter(m, "l: jmp l")
     with pytest.raises(LookupError), m.start() as running:

@@ -6,10 +6,13 @@ import gc
 import os
 import signal
 import warnings
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 import pykvm
+import pykvm.kvm
 from pykvm import result as reasons
 
 pytestmark = pytest.mark.usefixtures("no_leak")
@@ -33,6 +36,48 @@ def test_a_closed_machine_says_so_and_closes_twice() -> None:
         with pytest.raises(pykvm.ClosedError):
             use()
     assert "closed" in repr(m)
+
+
+def test_a_device_that_cannot_be_closed_keeps_nothing_else_open() -> None:
+    class Stubborn:
+        def close(self) -> None:
+            raise OSError("disk full")
+
+    m = pykvm.Machine()
+    vcpu = m.cpu.vcpu
+    m._virtio = Stubborn()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="disk full"):
+        m.close()
+    assert (m.closed, m.vm.closed, m.kvm.closed, vcpu.closed) == (True,) * 4
+    m.close()
+
+
+def test_what_a_kvm_said_is_asked_again_of_another_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A module loaded anew, with other options, comes with a new device node of the same name."""
+    asked: list[str] = []
+    ask = pykvm.kvm.Kvm.get_supported_cpuid
+
+    def counted(kvm: pykvm.kvm.Kvm) -> list[Any]:
+        asked.append(kvm.path)
+        return ask(kvm)
+
+    monkeypatch.setattr(pykvm.kvm.Kvm, "get_supported_cpuid", counted)
+    node = os.stat("/dev/kvm")
+    try:
+        os.mknod(tmp_path / "first", node.st_mode, node.st_rdev)
+        os.mknod(tmp_path / "second", node.st_mode, node.st_rdev)
+        os.close(os.open(tmp_path / "first", os.O_RDWR))
+    except OSError as error:
+        pytest.skip(f"this process cannot make device nodes that can be opened: {error}")
+    path = tmp_path / "first"
+    for _ in range(3):
+        pykvm.Machine(path=str(path)).close()
+    assert asked == [str(path)]
+    os.replace(tmp_path / "second", path)
+    pykvm.Machine(path=str(path)).close()
+    assert asked == [str(path)] * 2
 
 
 def test_a_view_of_the_memory_outlives_the_machine() -> None:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ import pykvm
 import pykvm.kvm
 from pykvm import result as reasons
 from pykvm.devices.access import MmioAccess, PioAccess
+from pykvm.vcpu_thread import Runner
 
 GENEROUS = 60.0
 """Seconds; a run that needs them hangs."""
@@ -337,7 +339,11 @@ def test_a_triple_fault_explains_itself_and_stays_ended_until_entered_again(
     assert m.cpu.ebx == 9
 
 
-def test_a_state_that_kvm_refuses_is_a_failed_entry_with_its_finding(m: pykvm.Machine) -> None:
+@pytest.mark.parametrize("sync_regs", [True, False])
+def test_a_state_that_kvm_refuses_is_a_failed_entry_with_its_finding(
+    m: pykvm.Machine, sync_regs: bool
+) -> None:
+    m.cpu._runner.c.sync_regs = sync_regs
     start(m, "hlt")
     m.cpu.cr0 = 0x80000000  # paging without protection
     assert any("pg" in finding.rule.lower() for finding in m.cpu.check())
@@ -347,7 +353,11 @@ def test_a_state_that_kvm_refuses_is_a_failed_entry_with_its_finding(m: pykvm.Ma
         result.check()
 
 
-def test_a_state_that_a_handler_breaks_is_explained_as_well(m: pykvm.Machine) -> None:
+@pytest.mark.parametrize("sync_regs", [True, False])
+def test_a_state_that_a_handler_breaks_is_explained_as_well(
+    m: pykvm.Machine, sync_regs: bool
+) -> None:
+    m.cpu._runner.c.sync_regs = sync_regs
     start(m, "out 0x10,al; hlt")
 
     @m.on_pio(0x10)
@@ -464,6 +474,26 @@ def test_ctrl_c_in_a_storm_of_exits_loses_none(m: pykvm.Machine) -> None:
         with ctrl_c_once_it_runs(m):
             assert run(m).reason == reasons.INTERRUPTED
     assert [access.value for access in kept] == list(range(1, len(kept) + 1))
+
+
+def test_ctrl_c_as_a_run_ends_does_not_lose_how(
+    m: pykvm.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = Runner.run
+
+    def interrupted(*arguments: Any) -> None:
+        monkeypatch.undo()
+        end(*arguments)
+        raise KeyboardInterrupt
+
+    m.load(pykvm.asm("mov al,3; out 0xf4,al; hlt"), at=0x8000)
+    m.cpu.enter("long64", entry=0x8000)
+    m.debug_exit()
+    monkeypatch.setattr(Runner, "run", interrupted)
+    assert m.run(timeout=60).reason == reasons.INTERRUPTED
+    result = m.run(timeout=60)
+    assert (result.reason, result.code) == (reasons.DEBUG_EXIT, 3)
+    assert m.run(timeout=60).reason == reasons.HALTED
 
 
 def test_output_that_nobody_reads_does_not_hide_how_the_run_ended(m: pykvm.Machine) -> None:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykvm.console import LINE_SHOWN, Console, ExpectError, readable
-from pykvm.pc import PanicWatch
+from pykvm.pc import PanicWatch, Pc
 
 GENEROUS = 60.0
 """Seconds; a test that needs them hangs."""
@@ -172,3 +172,32 @@ def test_a_panic_is_told_without_its_escapes() -> None:
     assert not ended
     watch(b"---[ end Kernel panic - not syncing: no init ]---\n")
     assert ended
+
+
+# ---- what a run of a booted machine does beside it -----------------------------------------------
+
+
+def test_a_run_that_begins_twice_waits_for_the_kernel_on_its_way_into_the_cache() -> None:
+    """start() begins what run() begins again in its thread."""
+    go_on, kept = threading.Event(), threading.Event()
+
+    class Plan:
+        to_keep: object = "a kernel"
+
+        def keep(self) -> None:
+            first, self.to_keep = self.to_keep, "still there, as the other thread sees it"
+            if first == "a kernel":
+                assert go_on.wait(GENEROUS)
+                kept.set()
+
+    class Quiet:
+        def start(self) -> None: ...
+        def stop(self) -> None: ...
+
+    pc = object.__new__(Pc)
+    pc.console, pc.plan, pc._keeper, pc._grace = Quiet(), Plan(), None, None  # type: ignore[assignment]
+    pc.run_begins()
+    pc.run_begins()
+    threading.Timer(0.1, go_on.set).start()
+    pc.run_ended()
+    assert kept.is_set()

@@ -22,7 +22,7 @@ from pykvm.devices.access import MmioAccess, PioAccess
 from pykvm.devices.ring import Fifo, RingFullError
 from pykvm.devices.serial import Serial
 from pykvm.errors import BusyError, KvmError
-from pykvm.vcpu_thread import NEVER, End
+from pykvm.vcpu_thread import NEVER, RESERVED, End
 from tests.support.fake_vcpu import HLT, FakeRun, error, mmio, other, pio
 
 pytestmark = pytest.mark.sanitize
@@ -199,6 +199,20 @@ def test_an_answer_that_does_not_fit_is_an_error_that_names_the_place(
     fake.pio.handle(0x61, lambda access: answer)  # type: ignore[arg-type,return-value]
     with pytest.raises(kind, match="0x61"):
         run(fake)
+
+
+@pytest.mark.parametrize("answer", ["x", 1 << 80, -2])
+def test_what_the_handler_of_a_write_returns_is_nobodys_business(answer: object) -> None:
+    """``lambda access: file.write(access.data)`` is a handler."""
+    fake = FakeRun(pio(0x61, b"a"), HLT)
+    fake.pio.handle(0x61, lambda access: answer)  # type: ignore[arg-type,return-value]
+    assert run(fake).reason == reasons.HALTED
+
+
+@pytest.mark.parametrize("size", [0, 9, 255])
+def test_an_access_of_an_impossible_width_cannot_be_made(size: int) -> None:
+    with pytest.raises(ValueError, match=f"not {size}"):
+        PioAccess(1, size, 0, True)
 
 
 # ---- actions -----------------------------------------------------------------------------------
@@ -560,6 +574,96 @@ def test_ctrl_c_in_a_handler_is_the_handlers_own() -> None:
         run(fake)
     assert run(fake).reason == reasons.HALTED
     assert seen == [ord("a")]
+
+
+def test_ctrl_c_before_a_hook_has_seen_its_exit_does_not_lose_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake = FakeRun(HLT, pio(1, b"a"))
+    seen: list[object] = []
+    fake.hooks[lib.KVM_EXIT_HLT] = seen.append
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vcpu_thread.Runner, "_exit", interrupted_once)
+        run(fake)
+    assert seen == []
+    assert run(fake).reason == reasons.UNCLAIMED
+    assert len(seen) == 1
+
+
+def interrupted_once(runner: vcpu_thread.Runner, lock: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_in_a_hook_is_the_hooks_own() -> None:
+    fake = FakeRun(HLT, pio(1, b"a"))
+    seen: list[object] = []
+
+    def hook(exit: object) -> None:
+        seen.append(exit)
+        signal.raise_signal(signal.SIGINT)
+
+    fake.hooks[lib.KVM_EXIT_HLT] = hook
+    with pytest.raises(KeyboardInterrupt):
+        run(fake)
+    fake.runner.give_back()  # as who asked for the run does
+    assert run(fake).reason == reasons.UNCLAIMED
+    assert len(seen) == 1
+
+
+def test_an_exit_whose_hook_ended_the_run_can_be_given_back() -> None:
+    """Of several vCPUs one that halted so stays halted while the others go on."""
+    fake = FakeRun(HLT, pio(1, b"a"))
+    fake.hooks[lib.KVM_EXIT_HLT] = lambda exit: False
+    assert run(fake).reason == reasons.HALTED
+    fake.runner.give_back()
+    assert run(fake).reason == reasons.HALTED
+    assert fake.c.exits == 1
+
+
+def test_ctrl_c_while_another_vcpus_handler_runs_does_not_lose_the_access() -> None:
+    class Busy:
+        def __init__(self) -> None:
+            self.waited = False
+
+        def __enter__(self) -> None:
+            if not self.waited:
+                self.waited = True
+                raise KeyboardInterrupt
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    fake = FakeRun(pio(1, b"a"), HLT)
+    seen: list[int] = []
+    fake.pio.handle(1, lambda access: seen.append(access.value))
+    lock = Busy()
+    with pytest.raises(KeyboardInterrupt):
+        fake.runner.run(NEVER, None, lock)
+    assert fake.runner.run(NEVER, None, lock).reason == reasons.HALTED
+    assert seen == [ord("a")]
+
+
+def test_an_access_that_a_signals_handler_gives_up_reaches_nobody() -> None:
+    """It gave the vCPU a new state, of which that access is no part."""
+    fake = FakeRun(pio(2, size=4), HLT)
+    seen: list[object] = []
+    fake.pio.handle(2, seen.append)
+    fake.script[0].signal = signal.SIGUSR1
+    old = signal.signal(signal.SIGUSR1, lambda *_: fake.runner.complete())
+    try:
+        assert run(fake).reason == reasons.HALTED
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert seen == []
+
+
+def test_a_vcpu_that_a_thread_is_about_to_run_is_left_alone() -> None:
+    fake = FakeRun(HLT)
+    run(fake)
+    fake.runner.owner = RESERVED
+    with pytest.raises(BusyError):
+        fake.runner.complete()
+    assert fake.runner.owner == RESERVED
 
 
 def test_ctrl_c_as_a_run_begins_lets_go_of_the_vcpu(monkeypatch: pytest.MonkeyPatch) -> None:
