@@ -177,6 +177,7 @@ def test_the_drawing_has_the_numbers_of_the_constants() -> None:
         int(number, 16) for number in re.findall(r"^    (0x[0-9a-f]+)", layout.__doc__ or "", re.M)
     }
     assert drawn == {
+        layout.BIOS_DATA,
         cpu.GDT,
         layout.ZERO_PAGE,
         layout.PVH_INFO,
