@@ -171,6 +171,7 @@ int pykvm_reset(struct pykvm_reset *reset)
         if (complete(reset->vcpus[i].vcpu))
             return -EAGAIN;
     int error = pykvm_reset_memory(reset);
+    reset->result = -1;
     if (error) {
         reset->failed = reset->call_count;
         return error;

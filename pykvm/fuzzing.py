@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from itertools import islice
+from struct import Struct
 
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
@@ -254,7 +255,11 @@ class _Fuzzer:
             if c.running:  # a handler raised, or somebody stopped it
                 c.running = 0
                 self._snapshot.restore(machine)
-        return [self._outcome(inputs[at], keep[2][at], reasons_of.get(at)) for at in range(c.next)]
+        records = _RECORD.iter_unpack(ffi.buffer(keep[2], c.next * _RECORD.size))
+        return [
+            self._outcome(data, record, reasons_of.get(at) if reasons_of else None)
+            for at, (data, record) in enumerate(zip(inputs, records, strict=False))
+        ]
 
     def _drive(self, reasons_of: dict[int, tuple[str, int | None]]) -> None:
         c, error, ones = self.c, ffi.new("int32_t *"), UNLIMITED
@@ -296,24 +301,29 @@ class _Fuzzer:
         if error == -errno.EAGAIN:
             self._runner.complete()
             error = lib.pykvm_reset(self._plan.c)
+        elif self._plan.mend():
+            error = lib.pykvm_reset(self._plan.c)
         if error:
             self._plan.fail(error)
 
-    def _outcome(self, data: bytes, c: Any, known: tuple[str, int | None] | None) -> Outcome:
+    def _outcome(
+        self, data: bytes, record: tuple[int, ...], known: tuple[str, int | None] | None
+    ) -> Outcome:
+        outcome, rip, exits, value, place, exit_reason, fresh = record
         reason, code = "", None
         address: int | None = None
-        if c.outcome in (lib.PYKVM_STOPPED, lib.PYKVM_UNCLAIMED):
-            address = c.address
+        if outcome in _PLACED:
+            address = place
         if known is not None:
             reason, code = known
-        elif c.outcome == lib.PYKVM_EXIT:
-            reason = _EXITS[c.reason]
-        elif c.outcome == lib.PYKVM_STOPPED:
-            code = c.value
-            reason = UNTIL if c.address == self._until else self._tag(c.address)
+        elif outcome == _EXIT:
+            reason = _EXITS[exit_reason]
+        elif outcome == _STOPPED:
+            code = value
+            reason = UNTIL if place == self._until else self._tag(place)
         else:
-            reason = _OUTCOMES[c.outcome]
-        return Outcome(data, reason, code, c.rip, c.exits, c.fresh, address)
+            reason = _OUTCOMES[outcome]
+        return Outcome(data, reason, code, rip, exits, fresh, address)
 
     def _tag(self, address: int) -> str:
         for bus in (self._machine.pio, self._machine.mmio):
@@ -327,6 +337,11 @@ def _code(end: End) -> int | None:
     return end.code
 
 
+_RECORD = Struct("<qQQQQII")
+"""``struct pykvm_outcome_record``."""
+_EXIT: int = lib.PYKVM_EXIT
+_STOPPED: int = lib.PYKVM_STOPPED
+_PLACED = (lib.PYKVM_STOPPED, lib.PYKVM_UNCLAIMED)
 _EXITS = {lib.KVM_EXIT_HLT: reasons.HALTED, lib.KVM_EXIT_SHUTDOWN: reasons.SHUTDOWN}
 _OUTCOMES = {
     lib.PYKVM_UNCLAIMED: reasons.UNCLAIMED,

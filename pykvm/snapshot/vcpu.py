@@ -58,7 +58,7 @@ class VcpuState:
         tsc: ``(offset, host TSC)``, or None where KVM does not tell the offset.
     """
 
-    __slots__ = ("msrs", "parts", "tsc")
+    __slots__ = ("_made", "msrs", "parts", "tsc")
 
     def __init__(
         self, parts: dict[str, bytes], msrs: dict[int, int], tsc: tuple[int, int] | None
@@ -66,6 +66,33 @@ class VcpuState:
         self.parts = parts
         self.msrs = msrs
         self.tsc = tsc
+        self._made: dict[str, Any] = {}
+
+    def shared(self, name: str) -> Any:
+        """A part as a cffi structure for KVM to read: one for all who restore this."""
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = self.struct(name)
+        return made
+
+    def msr_list(self, vcpu: Vcpu, anew: bool = False) -> tuple[Any, int]:
+        """The MSRs that ``vcpu`` takes, as a ``struct kvm_msrs *``, and how many they are.
+
+        Asked once for all vCPUs that look alike; ``anew``: ask this one.
+        """
+        like = ("lapic" in self.parts, *self.msrs)
+        refused = None if anew else _refused.get(like)
+        if refused is None or any(self.msrs[index] != value for index, value in refused.items()):
+            good = settable(vcpu, self.msrs)
+            _refused[like] = refused = {
+                index: value for index, value in self.msrs.items() if index not in good
+            }
+            self._made.pop("msrs", None)
+        made = self._made.get("msrs")
+        if made is None:
+            good = {index: value for index, value in self.msrs.items() if index not in refused}
+            made = self._made["msrs"] = msr_list(good), len(good)
+        return made
 
     def struct(self, name: str) -> Any:
         """A part as a new cffi structure."""
@@ -145,6 +172,10 @@ def _tsc_offset(vcpu: Vcpu) -> tuple[int, int] | None:
     except PykvmError:
         return None
     return int.from_bytes(offset, "little"), int(lib.pykvm_tsc())
+
+
+_refused: dict[tuple[int, ...], dict[int, int]] = {}
+"""By which MSRs were asked: those of them that this host does not take back, and their values."""
 
 
 def settable(vcpu: Vcpu, values: dict[int, int]) -> dict[int, int]:

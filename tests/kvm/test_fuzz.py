@@ -106,7 +106,8 @@ def test_ten_thousand_resets_leave_nothing_behind(machine: pykvm.Machine, exact:
                 with machine.snapshot() as now:
                     assert not s.diff(now), (count, s.diff(now))
         assert count == 10000
-        assert machine._plan is not None and machine._plan[1].c.cleared == 0  # a stable set
+        # A stable set: the log is cleared once if a page was dirty that is not any more.
+        assert machine._plan is not None and machine._plan[1].c.cleared <= 1
 
 
 def test_a_port_can_be_the_end_for_the_loop_alone(machine: pykvm.Machine) -> None:

@@ -1,0 +1,126 @@
+"""Forks of one snapshot in several processes, to use more than one core.
+
+::
+
+    def try_it(machine, data):
+        machine.mem.write(0x20000, data)
+        return machine.run(timeout=1).reason
+
+    if __name__ == "__main__":
+        with SnapshotPool(s, workers=2) as pool:
+            for reason in pool.map(try_it, inputs):
+                ...
+
+A process has one machine, restored before each call. Processes are spawned, never forked:
+a VM belongs to the process that made it, and threads do not survive a fork. What is called has to
+be importable: a function of a module.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from pykvm.snapshots import Snapshot
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from concurrent.futures import Future
+    from types import TracebackType
+    from typing import Any, Self
+
+    from pykvm.machine import Machine
+
+
+class SnapshotPool:
+    """Processes with a fork of a snapshot each; an executor as in ``concurrent.futures``.
+
+    Args:
+        snapshot: what to fork. It is saved to a file, in memory where there is /dev/shm, unless it
+            is in one already.
+        workers: how many processes; as many as cores by default.
+        setup: called with each new machine, as for ``Snapshot.fork``; a function of a module.
+    """
+
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        *,
+        workers: int | None = None,
+        setup: Callable[[Machine], object] | None = None,
+    ) -> None:
+        path = snapshot.path
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        if not path:
+            place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+            self._folder = tempfile.TemporaryDirectory(prefix="pykvm-", dir=place)
+            path = os.path.join(self._folder.name, "snapshot")
+            snapshot.save(path)
+            snapshot.path = ""  # it goes with the pool
+        self._executor = ProcessPoolExecutor(
+            workers or os.cpu_count() or 1,
+            mp_context=get_context("spawn"),
+            initializer=_begin,
+            initargs=(path, setup),
+        )
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        """Have ``function(machine, *arguments)`` called in one of the processes."""
+        return self._executor.submit(_call, function, arguments)
+
+    def map(
+        self, function: Callable[[Machine, Any], Any], items: Iterable[Any], *, chunk: int = 16
+    ) -> Iterator[Any]:
+        """Call ``function(machine, item)`` for each; what it returns, in order.
+
+        Args:
+            function: see :meth:`submit`.
+            items: what can be pickled.
+            chunk: items that a process gets at once.
+        """
+        return self._executor.map(_each, ((function, item) for item in items), chunksize=chunk)
+
+    def close(self) -> None:
+        """End the processes. Idempotent."""
+        self._executor.shutdown(cancel_futures=True)
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+# ---- in the processes --------------------------------------------------------------------------
+
+_mine: list[tuple[Snapshot, Machine]] = []
+
+
+def _begin(path: str, setup: Callable[[Machine], object] | None) -> None:
+    import atexit
+
+    snapshot = Snapshot.load(path, verify=False)  # this host wrote it just now
+    machine = snapshot.fork(setup)
+    atexit.register(machine.close)
+    _mine.append((snapshot, machine))
+
+
+def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    snapshot, machine = _mine[0]
+    snapshot.restore(machine)
+    return function(machine, *arguments)
+
+
+def _each(work: tuple[Callable[[Machine, Any], Any], Any]) -> Any:
+    return _call(work[0], (work[1],))

@@ -1,0 +1,129 @@
+"""Putting memory back, and images of it: whatever was written, what comes back is what was."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pykvm._abi import ffi, lib
+from pykvm.memory import GuestMemory
+from pykvm.snapshot import image as images
+
+PAGE = 4096
+PAGES = 130  # not a whole number of words
+QUICK = settings(max_examples=60, deadline=None)
+
+# (how, page, offset within it, length, value)
+WRITES = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "word", "fill", "load", "view", "region"]),
+        st.integers(0, PAGES - 3),
+        st.integers(0, PAGE - 1),
+        st.integers(1, 2 * PAGE),
+        st.integers(0, 255),
+    ),
+    max_size=12,
+)
+
+
+def apply(memory: GuestMemory, writes: list[tuple[str, int, int, int, int]]) -> None:
+    for how, page, offset, length, value in writes:
+        gpa = page * PAGE + offset
+        data = bytes((value,)) * length
+        if how == "write":
+            memory.write(gpa, data)
+        elif how == "word":
+            memory.u64[gpa] = value
+        elif how == "fill":
+            memory.fill(gpa, length, value)
+        elif how == "load":
+            memory.load(gpa, data)
+        elif how == "view":
+            memory.view(gpa, length)[:] = data
+        else:
+            memory.region_at(gpa).view()[gpa] = value
+
+
+def slot_of(memory: GuestMemory, image: images.Image) -> object:
+    """As ``Tracking`` makes it, but for KVM's log."""
+    (region,), (part,), writes = memory.regions, image.parts, memory.track()
+    if region.exposed:
+        writes.expose(region, 0, region.memory_size)
+    pages = writes.of(region)
+    slot = ffi.new("struct pykvm_reset_slot[1]")
+    slot[0].memory = ffi.cast("uint8_t *", region.userspace_addr)
+    slot[0].image = ffi.cast("uint8_t *", image.address(part))
+    slot[0].held, slot[0].touched, slot[0].exposed = part.held, pages.touched, pages.exposed
+    slot[0].pages = part.pages
+    return slot
+
+
+def reset(slot: object, mode: int, resets: int) -> tuple[int, int]:
+    c = ffi.new("struct pykvm_reset *", {"slots": slot, "slot_count": 1, "mode": mode})
+    c.resets, c.patience, c.vm_fd = resets, 1 << 40, -1
+    assert lib.pykvm_reset_memory(c) == 0
+    return int(c.looked), int(c.copied)
+
+
+@QUICK
+@given(before=WRITES, after=WRITES, mode=st.sampled_from([0, 1, 2]), resets=st.integers(0, 9))
+def test_what_the_host_wrote_is_put_back(
+    before: list[tuple[str, int, int, int, int]],
+    after: list[tuple[str, int, int, int, int]],
+    mode: int,
+    resets: int,
+) -> None:
+    with GuestMemory(PAGES * PAGE) as memory:
+        apply(memory, before)
+        was = memory[0 : PAGES * PAGE]
+        image = images.capture(memory)
+        slot_of(memory, image)  # tracked from here on
+        apply(memory, after)
+        slot = slot_of(memory, image)
+        looked, copied = reset(slot, mode, resets)
+        assert memory[0 : PAGES * PAGE] == was
+        assert copied <= looked <= PAGES
+        if mode != lib.PYKVM_RESET_WHOLE:
+            _, again = reset(slot, mode, 0)
+            assert again == 0  # nothing was touched since, and what is exposed is as it was
+        image.close()
+
+
+@QUICK
+@given(first=WRITES, second=WRITES)
+def test_images_hold_what_memory_was_and_tell_what_differs(
+    first: list[tuple[str, int, int, int, int]], second: list[tuple[str, int, int, int, int]]
+) -> None:
+    with GuestMemory(PAGES * PAGE) as memory:
+        apply(memory, first)
+        old, one = memory[0 : PAGES * PAGE], images.capture(memory)
+        apply(memory, second)
+        new, two = memory[0 : PAGES * PAGE], images.capture(memory)
+    assert one.read(0, PAGES * PAGE) == old and two.read(0, PAGES * PAGE) == new
+    ((part, bitmap, count),) = images.differing(one, two)
+    found = [first + n for first, length in part.runs(bitmap) for n in range(length)]
+    expected = [
+        page
+        for page in range(PAGES)
+        if old[page * PAGE : (page + 1) * PAGE] != new[page * PAGE : (page + 1) * PAGE]
+    ]
+    assert found == expected and count == len(expected)
+    with GuestMemory() as copy:
+        two.map_into(copy)
+        assert copy[0 : PAGES * PAGE] == new
+    assert two.held == PAGE * sum(
+        any(new[page * PAGE : (page + 1) * PAGE]) for page in range(PAGES)
+    )
+    one.close()
+    two.close()
+
+
+@given(st.binary(max_size=40))
+def test_runs_are_the_set_bits(bitmap: bytes) -> None:
+    pages = len(bitmap) * 8
+    bits = {n for n in range(pages) if bitmap[n // 8] >> n % 8 & 1}
+    runs = list(images.runs(bitmap, pages))
+    assert {first + n for first, length in runs for n in range(length)} == bits
+    assert all(a[0] + a[1] < b[0] for a, b in pairwise(runs))
