@@ -42,6 +42,8 @@ def _describe(guest: Guest) -> dict[str, Any]:
         "memory": guest.memory,
         "cpus": guest.cpus,
         "irqchip": guest.irqchip,
+        "pit": guest.pit,
+        "pic": guest.pic,
         "timeout": guest.timeout,
         "expected_reason": guest.expected_reason,
         "expected_code": guest.expected_code,

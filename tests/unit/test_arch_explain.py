@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from pykvm.arch.x86_64 import explain
 from pykvm.arch.x86_64.regs import CONTROLS, SEGMENTS, SYSTEM_SEGMENTS
+from pykvm.arch.x86_64.rules_control import BY_CPUID
 from pykvm.arch.x86_64.segments import FIELDS
 from pykvm.arch.x86_64.tables import Idt
 from tests.support.states import BASELINES, Baseline, long64, long64_ring3, prot32, real16, reset
@@ -292,3 +293,35 @@ def test_no_state_and_no_code_makes_an_explanation_raise(
         explain.explain_shutdown(**context(state)),
     ):
         assert found.what in str(found) and found.cause and repr(found)
+
+
+# -- what only KVM could have refused --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["internal-error", "shutdown"])
+def test_a_bit_that_cpuid_lacks_is_no_broken_rule_of_a_guest_that_ran_with_it(how: str) -> None:
+    state = with_code(long64(), b"\xcc")
+    state.sregs.cr4 |= 1 << 16  # FSGSBASE, by the guest's own MOV to CR4
+    known = {**context(state), "features": {"lm", "nx"}}
+    if how == "shutdown":
+        found = explain.explain_shutdown(**known)
+    else:
+        found = explain.explain_internal_error("KVM_INTERNAL_ERROR_EMULATION", **known)
+    assert found.findings == []
+    assert [finding.rule for finding in found.passed] == ["cr4.needs-cpuid"]
+    assert "break these rules" not in str(found) and "inconsistent" not in str(found)
+    assert "lets pass, so it is hardly the cause: CR4.FSGSBASE=1" in str(found)
+
+
+def test_a_bit_that_cpuid_lacks_is_why_kvm_refuses() -> None:
+    state = long64()
+    state.sregs.cr4 |= 1 << 16
+    found = explain.explain_refused(state.sregs, features={"lm", "nx"})
+    assert [finding.rule for finding in found.findings] == ["cr4.needs-cpuid"]
+    assert found.passed == []
+
+
+def test_the_rules_about_cpuid_are_rules() -> None:
+    from pykvm.arch.x86_64 import rules
+
+    assert {rule.id for rule in rules.RULES if rule.vendors == ("kvm",)} >= BY_CPUID

@@ -174,6 +174,12 @@ def test_guests_as_json_tell_where_their_sources_are() -> None:
     assert Path(found["hello"]["source"]).name == "hello.S"
     assert Path(found["hello"]["source"]).is_file()
     assert found["hello"]["mode"] == "real16"
+    for name, told in found.items():
+        guest = guestlib.find(name)
+        wanted = {"memory", "cpus", "irqchip", "pit", "pic"}  # of a machine, all that run() passes
+        assert {each: told[each] for each in wanted} == {
+            each: getattr(guest, each) for each in wanted
+        }
 
 
 def test_the_shell_is_offered_guests_and_files() -> None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from .instructions import family
 from .regs import format_regs, format_sregs, mode_name
 from .rules import VENDORS, Finding, check
+from .rules_control import BY_CPUID
 from .tables import Idt, exception_name
 from .walk import PF, peek, read_virtual, walk_sregs
 
@@ -44,6 +45,7 @@ class Explanation:
         what: the event, ``KVM_EXIT_SHUTDOWN: the guest triple-faulted``.
         hints: the likely causes and what to do, most telling first.
         findings: rules the registers break, see ``rules.check``.
+        passed: findings about what only KVM could have refused, of a state that ran all the same.
         registers: both register files as text; "" if the general registers are not known.
         code: the bytes at CS:RIP, up to 16, as far as they can be read.
         instruction: the family of the instruction there, or "" for a plain one.
@@ -52,11 +54,13 @@ class Explanation:
     """
 
     __slots__ = (
-        "code", "findings", "hints", "instruction", "registers", "stack_walk", "walk", "what",
+        "code", "findings", "hints", "instruction", "passed", "registers", "stack_walk", "walk",
+        "what",
     )  # fmt: skip
 
     def __init__(self, what: str, findings: list[Finding]) -> None:
         self.what, self.findings = what, findings
+        self.passed: list[Finding] = []
         self.hints: list[str] = []
         self.registers = self.instruction = ""
         self.code = b""
@@ -78,6 +82,8 @@ class Explanation:
             for finding in self.findings:
                 lines.append(f"  - {finding}")
                 lines.append(f"    enforced by {', '.join(VENDORS[n] for n in finding.vendors)}")
+        for finding in self.passed:
+            lines.append(f"this KVM lets pass, so it is hardly the cause: {finding.message}")
         if self.registers:
             lines.append(self.registers)
         if self.walk is not None:
@@ -97,13 +103,22 @@ def _in_words(instruction: str) -> str:
 
 
 def _examine(
-    what: str, sregs: Any, regs: Any, memory: Any, phys_bits: int, features: Iterable[str] | None
-) -> Explanation:
-    """What every explanation has: findings, dumps, the code at RIP and its walk."""
+    what: str, sregs: Any, regs: Any, memory: Any, phys_bits: int, features: Iterable[str] | None,
+    ran: bool = False,
+) -> Explanation:  # fmt: skip
+    """What every explanation has: findings, dumps, the code at RIP and its walk.
+
+    Args:
+        ran: the guest was in this state, so KVM did not refuse it; or the guest made it itself,
+            and not every KVM stops a guest from what its CPUID does not offer.
+    """
     rip, rflags = (None, None) if regs is None else (int(regs.rip), int(regs.rflags))
     features = None if features is None else frozenset(features)
     findings = check(sregs, rip, rflags, phys_bits=phys_bits, features=features)
     found = Explanation(what, findings)
+    if ran:
+        found.passed = [finding for finding in findings if finding.rule in BY_CPUID]
+        found.findings = [finding for finding in findings if finding.rule not in BY_CPUID]
     found.registers = format_sregs(sregs)
     if regs is None or rip is None:
         return found
@@ -230,8 +245,9 @@ def explain_internal_error(
     """
     words = _SUBERRORS.get(suberror, "a reason that is not known here")
     found = _examine(
-        f"KVM_EXIT_INTERNAL_ERROR: {words} ({suberror})", sregs, regs, memory, phys_bits, features
-    )
+        f"KVM_EXIT_INTERNAL_ERROR: {words} ({suberror})",
+        sregs, regs, memory, phys_bits, features, ran=True,
+    )  # fmt: skip
     if insn:
         found.code = bytes(insn)
         found.instruction = family(found.code, _code64(sregs))
@@ -282,7 +298,7 @@ def explain_shutdown(
         known: what else is known of the guest, in sentences; told where the registers are lost.
     """
     what = "KVM_EXIT_SHUTDOWN: the guest triple-faulted: an exception could not be delivered"
-    found = _examine(what, sregs, regs, memory, phys_bits, features)
+    found = _examine(what, sregs, regs, memory, phys_bits, features, ran=True)
     if _looks_reset(sregs, regs):
         found.hints.append(
             "these are the registers of a processor after reset: AMD's lose theirs in a shutdown. "

@@ -32,6 +32,11 @@ CR4_FEATURES = {
     "OSXSAVE": ("xsave",), "SMEP": ("smep",), "SMAP": ("smap",), "PKE": ("pku",),
     "CET": ("shstk", "ibt"), "LASS": ("lass",), "LAM_SUP": ("lam",), "FRED": ("fred",),
 }  # fmt: skip
+# The rules about what CPUID must offer. KVM_SET_SREGS holds a VMM to them; what a guest writes
+# itself, not every KVM checks.
+BY_CPUID = frozenset(
+    {"cr4.needs-cpuid", "cr4.vmxe", "efer.needs-cpuid", "apic-base.x2apic-needs-cpuid"}
+)
 EFER_FEATURES = {"LME": "lm", "LMA": "lm", "NXE": "nx", "FFXSR": "fxsr_opt", "AIBRSE": "autoibrs"}
 _RFLAGS_RESERVED = ~0x3F7FD7 & (1 << 64) - 1  # bits 63:22, 15, 5, 3; bit 1 apart
 
