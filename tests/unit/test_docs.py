@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pykvm import result as reasons
 from pykvm.boot import layout
 from pykvm.cli import exitcodes
@@ -30,6 +32,33 @@ def test_the_exit_codes_of_a_boot_are_those_of_the_command() -> None:
     assert set(told) <= set(reasons.REASONS)
     for reason, code in told.items():
         assert exitcodes.exit_code(reasons.RunResult(reason)) == int(code), reason
+
+
+def test_every_reason_is_explained_somewhere() -> None:
+    cell = re.compile(r"^\| (`[a-z`, …-]+) \|", re.MULTILINE)
+    told: set[str] = set()
+    for page in (DOCS.parent / "README.md", DOCS / "booting.md"):
+        told |= set(re.findall(r"[a-z-]+", " ".join(cell.findall(page.read_text()))))
+    assert set(reasons.REASONS) <= told
+
+
+def test_the_benches_that_the_readme_names_exist() -> None:
+    run = pytest.importorskip("benches.run")
+    text = (DOCS.parent / "README.md").read_text().split("\n| tier |")[1]
+    table = re.findall(r"^\|(?:[^|]*\|){3} `([a-z-]+)` \|", text, re.MULTILINE)
+    assert table == ["doorbell", "c-action", "handler", "registers"]
+    assert set(table) <= set(run.QUESTIONS)
+
+
+def test_every_module_is_in_the_picture_of_the_storeys() -> None:
+    text = (DOCS / "architecture.md").read_text()
+    picture = text.split("```")[1]
+    package = DOCS.parent / "pykvm"
+    names = {path.stem for path in package.glob("*.py")}
+    names |= {path.parent.name for path in package.glob("*/__init__.py")}
+    small = {"__init__", "__main__", "_typing"}  # and what goes by another name, or with its like
+    small |= {"assembler", "machine", "pool", "symbols", "snapshot_cpuid", "snapshot_pool"}
+    assert {name for name in names - small if not re.search(rf"\b{name}\b", picture)} == set()
 
 
 def test_every_reason_has_an_exit_code() -> None:
