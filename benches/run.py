@@ -40,6 +40,7 @@ QUESTIONS = (
     "boot-warm",
     "boot-cold",
     "console-bytes",
+    "blk-qemu",
 )
 """One file each, in this order."""
 
