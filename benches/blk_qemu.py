@@ -30,7 +30,7 @@ C_ONLY = False
 
 HERE = Path(__file__).parent
 IMAGE_SIZE = 64 << 20
-DISK_KIB = 320 << 10
+DISK_KIB = 400 << 10
 """Of the RAM disk: three images and a file system."""
 MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk")
 

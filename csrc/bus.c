@@ -179,6 +179,11 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
         return PYKVM_SERVED;
     case PYKVM_PCI_DATA:
         return pci_read(range->device, access) ? PYKVM_SERVED : ask_python(access, PYKVM_ACCESS);
+    case PYKVM_BLK:
+        if (access->is_write && access->value <= UINT32_MAX &&
+            pykvm_blk_serve(range->device, (uint32_t)access->value))
+            return ask_python(access, PYKVM_ACCESS);
+        break;
     case PYKVM_STOP:
         return ask_python(access, PYKVM_STOPPED);
     default:

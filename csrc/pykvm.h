@@ -40,6 +40,8 @@ enum pykvm_action {
     PYKVM_CLOCK,    /* reads answer the time of the struct pykvm_clock `device`; writes vanish */
     PYKVM_LATCH,    /* registers of the struct pykvm_latch `device` */
     PYKVM_PCI_ADDRESS, /* the address register of the struct pykvm_pci `device` */
+    PYKVM_BLK,         /* a write is the number of the queue of the struct pykvm_blk `device` to serve,
+                          which Python does as far as C cannot; reads answer the value */
     PYKVM_PCI_DATA,    /* its data register; reads only, and those of `live` go to Python */
 };
 
@@ -250,6 +252,79 @@ int pykvm_vring_push(struct pykvm_vring *ring, uint32_t generation, uint32_t hea
 int pykvm_vring_should_interrupt(struct pykvm_vring *ring);
 /* Whether chains wait; if not, the driver will notify of the next one. */
 int pykvm_vring_waiting(struct pykvm_vring *ring);
+
+/* ---- plain block requests: blk.c -------------------------------------------------------------- */
+
+enum {
+    PYKVM_INTERRUPT_PYTHON = -1, /* as an fd: Python raises it */
+    PYKVM_INTERRUPT_NONE = -2,   /* the driver polls */
+};
+
+/* An interrupt that C can raise by itself. */
+struct pykvm_interrupt {
+    uint32_t lock;
+    int32_t fd;                 /* an eventfd, or one of the above */
+    struct pykvm_latch *latch;  /* gets `bits` before; or NULL */
+    uint32_t bits;
+};
+
+/* 0, or -1: Python has to. */
+int pykvm_interrupt_raise(struct pykvm_interrupt *interrupt);
+void pykvm_interrupt_set(struct pykvm_interrupt *interrupt, int32_t fd);
+
+#define PYKVM_BLK_VECTORS 1024
+#define PYKVM_BLK_BUCKETS 40
+
+struct pykvm_blk_queue {
+    struct pykvm_vring *ring;
+    struct pykvm_chain *chain;
+    struct pykvm_interrupt *interrupt;
+    int32_t doorbell;        /* an eventfd, or -1 */
+    uint8_t handed;          /* `chain` was popped and is Python's; none is popped until it is not */
+    uint8_t wants_interrupt; /* Python is to raise it */
+};
+
+struct pykvm_blk {
+    uint64_t lock[8]; /* held while requests are served, and while any of this changes */
+    struct pykvm_blk_queue *queues;
+    uint32_t count;
+    int32_t fd;       /* the file */
+    uint64_t bytes;   /* of it, whole blocks */
+    uint32_t block;   /* what is moved is multiples of it */
+    int32_t flush_error; /* of the first fdatasync that failed */
+    uint8_t active;   /* the driver is ready */
+    uint8_t paused;   /* doorbells are left to Python */
+    uint8_t can_write; /* writes may be volatile until the next flush */
+    uint8_t can_flush;
+    uint8_t dirty;    /* something was written since the last flush */
+    uint64_t requests; /* counters, as counters.py has them */
+    uint64_t bytes_in;
+    uint64_t bytes_out;
+    uint64_t errors;
+    uint64_t notifies;
+    uint64_t interrupts;
+    uint64_t latency_total;
+    uint64_t latency_longest;
+    uint64_t buckets[40]; /* PYKVM_BLK_BUCKETS */
+    uint64_t vectors[2048]; /* scratch: PYKVM_BLK_VECTORS of struct iovec */
+};
+
+enum {
+    PYKVM_BLK_DONE,
+    PYKVM_BLK_MORE,   /* more requests wait */
+    PYKVM_BLK_PYTHON, /* a chain was handed over, or an interrupt is to be raised */
+};
+
+void pykvm_blk_init(struct pykvm_blk *blk);
+void pykvm_blk_lock(struct pykvm_blk *blk); /* may be taken again by who has it */
+void pykvm_blk_unlock(struct pykvm_blk *blk);
+/* Serve a queue, at most its size in requests: see above, or enum pykvm_breach. */
+int pykvm_blk_serve(struct pykvm_blk *blk, uint32_t index);
+/*
+ * Wait as epoll_wait does, and serve queues whose doorbells ring, until something else is ready or
+ * Python is needed: which descriptors, at most 16, are ready; 0 after the time; or -errno.
+ */
+int pykvm_blk_poll(struct pykvm_blk *blk, int epoll_fd, int timeout_ms, int32_t *ready);
 
 /* ---- the bus: sorted ranges ------------------------------------------------------------------ */
 

@@ -114,6 +114,10 @@ class MsiLines:
         if fd >= 0:
             os.eventfd_write(fd, 1)
 
+    def eventfd(self, index: int) -> int:
+        """What :meth:`fire` writes, or -1: nothing is routed yet."""
+        return self._fds[index]
+
     def close(self) -> None:
         """Close the eventfds, by which KVM lets go of them. Idempotent."""
         for index, fd in enumerate(self._fds):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pykvm.devices.access import Access
     from pykvm.devices.ring import Fifo, Log
     from pykvm.devices.serial import Serial
+    from pykvm.devices.virtio.blk_fast import FastPath
 
     Handler = Callable[[Any], int | None]
     DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
@@ -108,7 +109,7 @@ class Claim:
             c.out = self.device.output.c
         if lib.PYKVM_FIFO in actions:
             setattr(c, "in", self.device.input.c)
-        elif self.on_read in _IN_DEVICE:
+        elif self.on_read in _IN_DEVICE or self.on_write == lib.PYKVM_BLK:
             c.device = self.device.c
 
     def release(self) -> None:
@@ -142,6 +143,7 @@ _ACTION_NAMES = {
     lib.PYKVM_LATCH: "latch",
     lib.PYKVM_PCI_ADDRESS: "pci",
     lib.PYKVM_PCI_DATA: "pci",
+    lib.PYKVM_BLK: "blk",
 }
 
 
@@ -382,6 +384,15 @@ class Bus:
             self._claim(
                 first + 4, 4, lib.PYKVM_PCI_DATA, lib.PYKVM_PYTHON, device=ports, handler=handler
             ),
+        )
+
+    def blk(self, first: int, fast: FastPath, handler: Handler, length: int = 4) -> Claim:
+        """The doorbell of a block device: C serves the queue whose number is written.
+
+        The handler gets the writes after which there is something left to do.
+        """
+        return self._claim(
+            first, length, lib.PYKVM_CONSTANT, lib.PYKVM_BLK, device=fast, handler=handler
         )
 
     def uart(self, first: int, serial: Serial) -> Claim:

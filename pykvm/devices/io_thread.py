@@ -19,6 +19,23 @@ from pykvm.errors import ClosedError
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from typing import Protocol
+
+    class Server(Protocol):
+        """Serves in C what rings while the thread waits."""
+
+        def poll(self, epoll_fd: int, seconds: float) -> list[tuple[int, int]]:
+            """Wait as ``epoll.poll`` does; what was served is left out."""
+
+        def forget(self, fd: int) -> None:
+            """Serve a doorbell no more."""
+
+        def pause(self) -> None:
+            """Serve nothing, and wait for what is being served."""
+
+        def resume(self) -> None:
+            """Go on."""
+
 
 SETTLE_ROUNDS = 64
 """How often :meth:`IoThread.settle` looks for more, so that a guest cannot hold it up."""
@@ -51,6 +68,7 @@ class IoThread:
         self._pauses = 0
         self._working = False
         self._closed = False
+        self._server: Server | None = None
 
     # ---- what to do ----------------------------------------------------------------------------
 
@@ -61,6 +79,10 @@ class IoThread:
             assert self._epoll is not None
             self._watched[fd] = callback
             self._epoll.register(fd, select.EPOLLIN)
+
+    def serve_with(self, server: Server) -> None:
+        """Have a server wait in the thread's place. Before the first :meth:`add`, and one only."""
+        self._server = server
 
     def remove(self, fd: int) -> None:
         """Watch ``fd`` no more. When this returns its callback does not run, nor will. Idempotent.
@@ -73,6 +95,8 @@ class IoThread:
             assert self._epoll is not None
             self._epoll.unregister(fd)
             self._wait_until_idle()
+        if self._server is not None:
+            self._server.forget(fd)
 
     def call(self, function: Callable[[], object]) -> None:
         """Have ``function`` called in the thread, soon."""
@@ -105,9 +129,13 @@ class IoThread:
         with self._change:
             self._pauses += 1
             self._wait_until_idle()
+        if self._server is not None:
+            self._server.pause()
         try:
             yield
         finally:
+            if self._server is not None:
+                self._server.resume()
             with self._change:
                 self._pauses -= 1
                 self._change.notify_all()
@@ -166,7 +194,11 @@ class IoThread:
     def _run(self) -> None:
         assert self._epoll is not None
         while not self._closed:
-            self._round(self._epoll.poll(self._patience()))
+            if self._server is None:
+                events = self._epoll.poll(self._patience())
+            else:
+                events = self._server.poll(self._epoll.fileno(), self._patience())
+            self._round(events)
 
     def _patience(self) -> float:
         with self._change:

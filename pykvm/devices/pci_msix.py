@@ -25,6 +25,9 @@ if TYPE_CHECKING:
         def fire(self, vector: int) -> None:
             """Send a vector's message; from any thread."""
 
+        def eventfd(self, vector: int) -> int:
+            """An eventfd that sends a vector's message, or -1."""
+
         def close(self) -> None:
             """Give the lines back. Idempotent."""
 
@@ -78,6 +81,11 @@ class Msix:
                 self._pending |= 1 << vector
             else:
                 self._lines.fire(vector)
+
+    def eventfd(self, vector: int) -> int:
+        """What C writes to send a vector's message now; -1 while that is for :meth:`signal`."""
+        with self._lock:
+            return -1 if self._silent(vector) else self._lines.eventfd(vector)
 
     def _silent(self, vector: int) -> bool:
         masked = self._table[ENTRY * vector + 12] & MASKED

@@ -29,6 +29,7 @@ class Lines:
         self.count = count
         self.routes: list[dict[int, Any]] = []
         self.fired: list[int] = []
+        self.fds: dict[int, int] = {}
         self.closed = False
 
     def route(self, messages: dict[int, Any]) -> None:
@@ -36,6 +37,9 @@ class Lines:
 
     def fire(self, vector: int) -> None:
         self.fired.append(vector)
+
+    def eventfd(self, vector: int) -> int:
+        return self.fds.get(vector, -1)
 
     def close(self) -> None:
         self.closed = True

@@ -63,6 +63,18 @@ class Disk:
         """Look whether the image has another size now, and take it over: whether it has."""
         raise NotImplementedError
 
+    def lend(self) -> tuple[int, int, bool, bool, bool] | None:
+        """What C needs to serve plain requests by itself, until :meth:`take_back`; None: it cannot.
+
+        Returns:
+            A descriptor, how many bytes can be reached by it, whether it may be written and that
+            be volatile, whether a flush can be tried, and whether one has something to do.
+        """
+        return None
+
+    def take_back(self, volatile: bool, flush_error: int) -> None:
+        """What C did: whether a flush has something to do, and the errno of one that failed."""
+
     def close(self) -> None:
         """Let go of the image. Idempotent. What was not flushed, the host writes some time."""
         raise NotImplementedError

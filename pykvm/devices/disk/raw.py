@@ -211,6 +211,27 @@ class RawDisk(Disk):
         before, self.sectors = self.sectors, -(-self._bytes // SECTOR)
         return self.sectors != before
 
+    def lend(self) -> tuple[int, int, bool, bool, bool] | None:
+        """Lend the file, if nothing stands between it and us, up to its last whole block."""
+        file = self.file
+        if type(file) is not HostFile or file.fd < 0:
+            return None
+        can_write = not self.readonly and self._write_back
+        reach = min(self._bytes, self.sectors * SECTOR)
+        return (
+            file.fd,
+            reach - reach % self.limits.logical,
+            can_write,
+            self.failed is None,
+            self._volatile,
+        )
+
+    def take_back(self, volatile: bool, flush_error: int) -> None:
+        """See :class:`Disk`."""
+        self._volatile = volatile
+        if flush_error and self.failed is None:
+            self.failed = OSError(flush_error, os.strerror(flush_error), self.path)
+
     def close(self) -> None:
         """Close the file, and with it the lock."""
         self.file.close()

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import errno
 import struct
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 
 from pykvm.devices.virtio import blk_request as req
+from pykvm.devices.virtio.blk_fast import FastPath
 from pykvm.devices.virtio.blk_request import Refused, Request
 from pykvm.devices.virtio.device import DRIVER_OK, FEATURES_OK, VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from pykvm.devices.base import State
     from pykvm.devices.disk.base import Disk
+    from pykvm.devices.io_thread import IoThread
+    from pykvm.devices.virtio.counters import Counters
+    from pykvm.devices.virtio.device import Interrupt
     from pykvm.devices.virtio.queue import Chain, Queue
+    from pykvm.memory import GuestMemory
 
 # Feature bits: virtio 1.2, 5.2.3.
 F_SIZE_MAX, F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH, F_TOPOLOGY = 1, 2, 5, 6, 9, 10
@@ -71,6 +78,35 @@ class Blk(VirtioDevice):
         self.device_features = sum(1 << bit for bit in bits)
         super().__init__()
 
+    def attach(
+        self,
+        memory: GuestMemory,
+        interrupt: Interrupt | None = None,
+        io: IoThread | None = None,
+        synchronous: bool = True,
+    ) -> None:
+        """See :class:`VirtioDevice`; where disk and transport suit it, C serves plain requests."""
+        super().attach(memory, interrupt, io, synchronous)
+        direct = [self.interrupt.direct(index) for index in range(len(self.queues))]
+        known = [each for each in direct if each is not None]
+        if len(known) == len(direct) and self.disk.lend() is not None:
+            self.fast = FastPath(self, known)
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Within it C does nothing, and the disk is as it would be without C."""
+        return nullcontext() if self.fast is None else self.fast
+
+    @property
+    def counters(self) -> Counters:
+        """What the device has done; C's counts are added when it is looked at."""
+        if self.fast is not None:
+            self.fast.fold(self._counters)
+        return self._counters
+
+    @counters.setter
+    def counters(self, counters: Counters) -> None:
+        self._counters = counters
+
     # ---- configuration
 
     def config_read(self, offset: int, size: int) -> bytes:
@@ -110,20 +146,32 @@ class Blk(VirtioDevice):
     def config_write(self, offset: int, data: bytes) -> None:
         """The driver chooses the cache mode: one byte, if it has negotiated that."""
         if offset == _WRITEBACK and len(data) == 1 and self.has(F_CONFIG_WCE):
-            self.disk.write_back = bool(data[0])
+            with self._alone():
+                self.disk.write_back = bool(data[0])
 
     def activate(self) -> None:
         """Settle the cache mode: without flushes, every write has to be stable (5.2.6.2)."""
         if not self.has(F_FLUSH):
-            self.disk.write_back = False
+            with self._alone():
+                self.disk.write_back = False
+        if self.fast is not None:
+            self.fast.start()
 
     def reset(self) -> None:
-        """Go back to the host's cache mode. No request is ever under way here."""
-        self.disk.write_back = self._write_back
+        """Go back to the host's cache mode. No request is under way any more."""
+        if self.fast is not None:
+            self.fast.stop()
+        with self._alone():
+            self.disk.write_back = self._write_back
+
+    def drain(self) -> None:
+        """Wait for what is being served in C."""
+        if self.fast is not None:
+            self.fast.drain()
 
     def refresh(self) -> bool:
         """Look for another size of the image, and tell the driver: whether there is one."""
-        with self.lock:
+        with self.lock, self._alone():
             changed = self.disk.refresh()
         if changed:
             self.config_changed()
@@ -133,6 +181,8 @@ class Blk(VirtioDevice):
 
     def queue_notify(self, index: int) -> bool | None:
         """Serve what is in the queue."""
+        if self.fast is not None:
+            return self.fast.serve(index)
         return self.serve(index, self._one)
 
     def _one(self, queue: Queue, chain: Chain) -> int:
@@ -212,7 +262,7 @@ class Blk(VirtioDevice):
         Else the next flush would be another process's, which has nothing to flush.
         """
         disk = self.disk
-        with suppress(OSError):  # it is remembered, and goes along
+        with self._alone(), suppress(OSError):  # it is remembered, and goes along
             disk.flush()
         return {
             "write_back": disk.write_back,
@@ -227,13 +277,18 @@ class Blk(VirtioDevice):
                 f"the state is of a disk of {state['sectors']} sectors, and {self.disk.path} has"
                 f" {self.disk.sectors}"
             )
-        self.disk.write_back = state["write_back"]
-        if state["failed"]:
-            self.disk.failed = OSError(errno.EIO, "a flush failed before the state was taken")
+        with self._alone():
+            self.disk.write_back = state["write_back"]
+            if state["failed"]:
+                self.disk.failed = OSError(errno.EIO, "a flush failed before the state was taken")
+        if self.fast is not None and self.activated:
+            self.fast.start()
 
     def close(self) -> None:
         """Leave the transport and close the image. Idempotent."""
         super().close()
+        if self.fast is not None:
+            self.fast.stop()
         self.disk.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from _thread import allocate_lock
+from _thread import LockType, allocate_lock
 from time import perf_counter_ns
 
 TYPE_CHECKING = False
@@ -101,6 +101,10 @@ class Counters:
         """Count something else, by its name."""
         with self._lock:
             setattr(self, name, getattr(self, name) + by)
+
+    def locked(self) -> LockType:
+        """Whoever changes several at once holds this lock: ``with counters.locked():``."""
+        return self._lock
 
     def as_dict(self) -> dict[str, Any]:
         """All of it as plain data; of the latency percentiles, the longest, and the buckets."""

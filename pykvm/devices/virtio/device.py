@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from typing import Any, Protocol
 
     from pykvm.devices.io_thread import IoThread
+    from pykvm.devices.virtio.blk_fast import FastPath
+    from pykvm.devices.virtio.direct import DirectInterrupt
     from pykvm.memory import GuestMemory
 
     class Interrupt(Protocol):
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
 
         def reset(self) -> None:
             """The device was reset: nothing is pending any more."""
+
+        def direct(self, index: int) -> DirectInterrupt | None:
+            """How C raises that of a queue by itself, or None: it cannot."""
 
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
@@ -60,6 +65,10 @@ class NoInterrupt:
     def reset(self) -> None:
         """Nothing."""
 
+    def direct(self, index: int) -> DirectInterrupt | None:
+        """None."""
+        return None
+
 
 class VirtioDevice:
     """A virtio device. Subclasses set the first attributes and override what is marked so.
@@ -80,6 +89,7 @@ class VirtioDevice:
         memory, interrupt: given by the transport.
         io: the machine's I/O thread, or None in a test without one.
         synchronous: doorbells are served in the vCPU's exit, not in the I/O thread.
+        fast: serves plain requests in C, or None.
     """
 
     NAME = "virtio"
@@ -103,6 +113,7 @@ class VirtioDevice:
         self.interrupt: Interrupt = NoInterrupt()
         self.io: IoThread | None = None
         self.synchronous = True
+        self.fast: FastPath | None = None
 
     # ---- to override ---------------------------------------------------------------------------
 
@@ -222,6 +233,7 @@ class VirtioDevice:
             self._interrupt(queue)
 
     def _interrupt(self, queue: Queue) -> None:
+        """Tell the driver, who wants to know, that a queue has used buffers."""
         self.counters.add("interrupts")
         self.interrupt.queue(queue.index)
 

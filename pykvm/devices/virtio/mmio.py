@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from pykvm.devices.virtio.direct import NONE, DirectInterrupt
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -81,6 +83,10 @@ class MmioInterrupt:
         """Nothing is pending any more."""
         self._latch.bits = 0
 
+    def direct(self, index: int) -> DirectInterrupt:
+        """The same for C."""
+        return DirectInterrupt(NONE if self._irq is None else self._irq, self._latch, USED_BUFFER)
+
     def _raise(self, bits: int) -> None:
         self._latch.set(bits)  # before the edge: the driver looks at the status after it
         if self._irq is not None:
@@ -131,6 +137,9 @@ class VirtioMmio:
             device.attach(memory, MmioInterrupt(self._latch, irq), io, synchronous)
             if not synchronous:
                 assert io is not None
+                if device.fast is not None:
+                    io.serve_with(device.fast)
+                    device.fast.doorbell(None, self._doorbell)
                 io.add(self._doorbell, self._rung)
         except BaseException:
             self.close()

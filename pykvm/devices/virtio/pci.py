@@ -16,6 +16,7 @@ from pykvm.devices.pci import HAS_INTERRUPT, Bar, PciFunction, claim_all
 from pykvm.devices.pci import STATUS as PCI_STATUS
 from pykvm.devices.pci_msix import CAPABILITY as MSIX
 from pykvm.devices.pci_msix import Msix
+from pykvm.devices.virtio.direct import PYTHON, DirectInterrupt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -103,6 +104,10 @@ class PciInterrupt:
         """The device was reset: nothing is pending, no event has a vector (4.1.5.1.2.1)."""
         self._function.unmap_vectors()
 
+    def direct(self, index: int) -> DirectInterrupt:
+        """The same for C: while the vector of a queue may be sent."""
+        return self._function.direct[index]
+
 
 class VirtioPci(PciFunction):
     """A virtio device on the PCI bus.
@@ -121,6 +126,7 @@ class VirtioPci(PciFunction):
         msix: its interrupts, or None.
         queue_vectors, config_vector: the MSI-X vector of each event.
         isr: the ISR status.
+        direct: the interrupt of each queue, for C.
     """
 
     def __init__(
@@ -145,6 +151,7 @@ class VirtioPci(PciFunction):
         self._isr_lock = allocate_lock()  # a leaf: taken with the device's lock held, or without
         self.config_vector = NO_VECTOR
         self.queue_vectors = [NO_VECTOR] * queues
+        self.direct = [DirectInterrupt() for _ in range(queues)]
         self._selects = {"device_select": 0, "driver_select": 0, "queue_select": 0}
         self._bus = root
         self._io = None if synchronous else io
@@ -154,8 +161,12 @@ class VirtioPci(PciFunction):
         try:
             device.attach(memory, PciInterrupt(self), io, self._io is None)
             if self._io is not None:
+                if device.fast is not None:
+                    self._io.serve_with(device.fast)
                 for index in range(queues):
                     self._doorbells.append(os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK))
+                    if device.fast is not None:
+                        device.fast.doorbell(index, self._doorbells[index])
                     self._io.add(self._doorbells[index], partial(device.notify, index))
             self.number = root.add(self)
         except BaseException:
@@ -209,6 +220,7 @@ class VirtioPci(PciFunction):
         end = offset + len(data)
         if self.msix is not None and offset < self._control + 2 and end > self._control:
             self.msix.control(super().config_read(self._control, 2))
+            self._aim()
             with self._isr_lock:
                 self._show_isr()
         if offset < self.live + 4 and end > self.live:
@@ -248,6 +260,18 @@ class VirtioPci(PciFunction):
 
         first = 0 if bar.io else NOTIFY
         makers = [handle(0, first)] if first else []
+        fast = self.device.fast
+        if self._io is None and fast is not None:
+            makers.append(
+                partial(
+                    bus.blk,
+                    address + first,
+                    fast,
+                    lambda access: self.device.notify(access.value) if access.is_write else 0,
+                    DOORBELL * len(self.queue_vectors),
+                )
+            )
+            first += DOORBELL * len(self.queue_vectors)
         for fd in self._doorbells:
             makers.append(ring(first, fd))
             first += DOORBELL
@@ -288,6 +312,7 @@ class VirtioPci(PciFunction):
             self.device.write_config(offset - DEVICE_CONFIG, size, value)
         elif TABLE <= offset < PENDING and self.msix is not None:
             self.msix.write_table(offset - TABLE, size, value)
+            self._aim()
 
     def _ring(self, index: int) -> None:
         if self._io is None:
@@ -347,6 +372,7 @@ class VirtioPci(PciFunction):
         elif name == "queue_vector":
             if selected < len(self.queue_vectors):
                 self.queue_vectors[selected] = self._valid(value)
+                self._aim()
         elif name == "queue_enable":
             if value == 1:  # nothing else may be written
                 device.queue_set(selected, "ready", 1)
@@ -381,7 +407,14 @@ class VirtioPci(PciFunction):
         """No event interrupts any more."""
         self.config_vector = NO_VECTOR
         self.queue_vectors[:] = [NO_VECTOR] * len(self.queue_vectors)
+        self._aim()
         self._take_isr()
+
+    def _aim(self) -> None:
+        """Tell C where the interrupts of queues go: only what may be sent goes without Python."""
+        for interrupt, vector in zip(self.direct, self.queue_vectors, strict=True):
+            known = self.msix is not None and vector != NO_VECTOR
+            interrupt.set(self.msix.eventfd(vector) if known and self.msix else PYTHON)
 
     # ---- life ----------------------------------------------------------------------------------
 
@@ -403,6 +436,7 @@ class VirtioPci(PciFunction):
         self.isr = state["isr"]
         if self.msix is not None:
             self.msix.restore(state["msix"], super().config_read(self._control, 2))
+        self._aim()
         self.device.restore(state["device"])
 
     def close(self) -> None:

@@ -129,6 +129,7 @@ class Queue:
 
     Attributes:
         size: entries, as the driver chose.
+        c: the ``struct pykvm_vring``.
     """
 
     def __init__(self, index: int, max_size: int, memory: GuestMemory, lib_: Any = lib) -> None:
@@ -182,13 +183,13 @@ class Queue:
         if self.c.enabled:
             return
         if not 0 < self.size <= self.max_size:
-            raise self._breach(lib.PYKVM_BREACH_SIZE)
+            raise self.breach(lib.PYKVM_BREACH_SIZE)
         self.c.size = self.size
         self.c.event_idx = event_idx
         self.c.indirect = indirect
         error = self._lib.pykvm_vring_enable(self.c)
         if error:
-            raise self._breach(error)
+            raise self.breach(error)
 
     def disable(self) -> None:
         """Use it no more. What is in flight is stale: pushes of it do nothing."""
@@ -201,7 +202,8 @@ class Queue:
         for part in PARTS.values():
             self.c.part[part].gpa = 0
 
-    def _breach(self, error: int) -> GuestError:
+    def breach(self, error: int) -> GuestError:
+        """What C found the driver to have done, an ``enum pykvm_breach``, as an error."""
         return GuestError(f"queue {self.index}: {BREACHES[error]}")
 
     # ---- service -------------------------------------------------------------------------------
@@ -212,12 +214,16 @@ class Queue:
         Raises:
             GuestError: the driver broke the protocol; nothing was taken.
         """
-        found = self._chain
-        result = self._lib.pykvm_vring_pop(self.c, found)
+        result = self._lib.pykvm_vring_pop(self.c, self._chain)
         if result <= 0:
             if result:
-                raise self._breach(result)
+                raise self.breach(result)
             return None
+        return self.taken()
+
+    def taken(self) -> Chain:
+        """The chain in ``_chain``, which C has popped."""
+        found = self._chain
         chain = Chain(found.head, found.generation)
         chain.read_bytes = found.read_bytes
         chain.write_bytes = found.write_bytes
