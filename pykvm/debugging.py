@@ -7,11 +7,15 @@ from pykvm.runs import Runs
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
     from typing import Any
 
     from pykvm.cpu import Cpu
+    from pykvm.debug.coverage import Block, Coverage
     from pykvm.debug.debugger import Debugger
+    from pykvm.debug.differential import Comparison
+    from pykvm.debug.gdb import GdbServer
+    from pykvm.debug.instructions import InstructionTrace
     from pykvm.debug.planted import Planted
     from pykvm.debug.stops import Breakpoint, Watchpoint
     from pykvm.debug.trace import Trace
@@ -223,6 +227,77 @@ class Debugging(Runs):
         finally:
             debugger.steps(cpu, None)
 
+    def instructions(
+        self, limit: int = 1000, *, cpu: int = 0, timeout: float | None = 10.0
+    ) -> InstructionTrace:
+        """Execute instructions of one vCPU by single steps, and write them down.
+
+        Needs capstone: ``pip install 'pykvm-vmm[debug]'``.
+
+        Args:
+            limit: how many at most.
+            cpu: which vCPU; the others stand still.
+            timeout: seconds.
+
+        Returns:
+            What it executed, with what changed in its registers; prints as a listing.
+
+        Raises:
+            CapabilityError: no single steps here, or no capstone.
+        """
+        from pykvm.debug.instructions import record
+
+        if limit < 1:
+            raise ValueError(f"limit {limit}: at least one instruction")
+        which = self.cpus[cpu]
+        return record(
+            self.debugger,
+            which,
+            limit,
+            lambda look: self._stepping(which, look, timeout),
+            self.symbols,
+        )
+
+    def coverage(self, blocks: Iterable[Block | tuple[int, int] | int]) -> Coverage:
+        """Find out which blocks of code are reached while a ``with`` block lasts.
+
+        ::
+
+            blocks = find_blocks(m.mem.read(entry, length), entry)   # pykvm.debug.coverage
+            with m.coverage(blocks) as covered:
+                m.run(timeout=1)
+            covered.save("guest.drcov")
+
+        A stop is planted at every block and taken away when it is hit: each costs one exit.
+
+        Args:
+            blocks: addresses, ``(address, size)``, or what ``find_blocks`` gives. They must be
+                starts of instructions.
+        """
+        from pykvm.debug.coverage import Coverage
+
+        return Coverage(self.debugger, blocks)
+
+    def compare_with_unicorn(
+        self, limit: int = 1000, *, timeout: float | None = 10.0
+    ) -> Comparison:
+        """Run the first vCPU by single steps, and Unicorn beside it, to the first difference.
+
+        For guests without paging or with an identity map. Interrupts and exceptions are KVM's
+        alone: Unicorn stops there. Needs unicorn and capstone.
+
+        Args:
+            limit: instructions at most.
+            timeout: seconds.
+
+        Raises:
+            CapabilityError: no single steps here, or a library is missing.
+        """
+        from pykvm.debug.differential import compare
+
+        cpu = self.cpus[0]
+        return compare(self.debugger, cpu, limit, lambda look: self._stepping(cpu, look, timeout))
+
     def call(self, where: int | str, *arguments: int, timeout: float | None = 5.0) -> int:
         """Call a function of the guest as C does, and put all registers back afterwards.
 
@@ -243,6 +318,27 @@ class Debugging(Runs):
         from pykvm.debug.call import call
 
         return call(self.debugger, self.run, self.resolve(where), arguments, timeout)
+
+    def gdb_server(self, address: str = "", *, anywhere: bool = False) -> GdbServer:
+        """Let gdb debug this machine: ``server.serve()`` waits for it and does what it says.
+
+        ::
+
+            with m.gdb_server("127.0.0.1:1234") as server:
+                how, result = server.serve()     # gdb guest.elf -ex "target remote :1234"
+
+        Args:
+            address: ``PORT``, ``HOST:PORT``, or the path of a Unix socket; port 0 is any that is
+                free. Default 127.0.0.1:1234.
+            anywhere: allow an address that other machines reach. Who connects owns the guest.
+
+        Raises:
+            ValueError: no address, or one that others can reach.
+            OSError: it is taken.
+        """
+        from pykvm.debug.gdb import GdbServer
+
+        return GdbServer(self, address, anywhere)
 
     # ---- symbols ---------------------------------------------------------------------------------
 

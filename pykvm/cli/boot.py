@@ -17,6 +17,8 @@ from .common import (
     debug_option,
     device_option,
     disk_option,
+    gdb_anywhere_option,
+    gdb_option,
     json_option,
     test_devices_option,
     trace_filter_option,
@@ -68,6 +70,8 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Go on where this KVM cannot run a stock kernel.")
 @click.option("--ioctls", metavar="[=FILE]", help="Print every ioctl, as strace would.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell the phases and what they took.")
+@gdb_option
+@gdb_anywhere_option
 @trace_option
 @trace_filter_option
 @device_option
@@ -91,6 +95,8 @@ def boot(
     force: bool,
     ioctls: str | None,
     verbose: bool,
+    gdb: str | None,
+    gdb_anywhere: bool,
     trace: str | None,
     trace_filters: tuple[str, ...],
     device: str,
@@ -127,6 +133,8 @@ def boot(
                 device=device,
                 as_json=as_json,
                 disks=disks,
+                gdb=gdb,
+                gdb_anywhere=gdb_anywhere,
                 trace=trace,
                 trace_filters=trace_filters,
             )

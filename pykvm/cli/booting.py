@@ -59,6 +59,8 @@ def boot(
     disks: Iterable[DiskSpec] = (),
     trace: str | None = None,
     trace_filters: tuple[str, ...] = (),
+    gdb: str | None = None,
+    gdb_anywhere: bool = False,
 ) -> int:
     """Boot a kernel, and tell how it ended.
 
@@ -114,9 +116,9 @@ def boot(
             _Traced(m, trace, trace_filters),
             EndingSignals(m, output.give_up),
             Terminal(m.console.write, commands),
-            _Doubt(m, force),
+            _Doubt(m, force or gdb is not None),
         ):
-            result = m.run(timeout)
+            result = m.run(timeout) if gdb is None else _debug(m, gdb, gdb_anywhere, timeout)
         panic, lines = m.pc.panic if m.pc is not None else "", m.console.lines(10)
     code = exitcodes.exit_code(result, as_qemu=test_devices)
     if output.error is not None:
@@ -136,6 +138,17 @@ def boot(
 
 def _say(text: str = "") -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _debug(m: Machine, address: str, anywhere: bool, timeout: float | None) -> RunResult:
+    from pykvm.debug.gdb import run_under_gdb
+
+    try:
+        return run_under_gdb(
+            m, address, lambda text: _say(f"pykvm: {text}"), anywhere=anywhere, timeout=timeout
+        )
+    except ValueError as error:
+        raise UsageProblem(str(error)) from error
 
 
 class _Traced:

@@ -102,6 +102,19 @@ trace_filter_option = click.option(
     help="Trace only such exits: io:0x3f8-0x3ff, mmio, hlt. For several kinds, several times.",
 )
 
+gdb_option = click.option(
+    "--gdb",
+    metavar="[=ADDRESS]",
+    help="Wait for gdb at PORT, HOST:PORT or the PATH of a Unix socket, and let it run the guest. "
+    "[default: 127.0.0.1:1234]",
+)
+
+gdb_anywhere_option = click.option(
+    "--gdb-anywhere",
+    is_flag=True,
+    help="Let --gdb listen where other machines can connect. Who connects owns the guest.",
+)
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 

@@ -101,6 +101,8 @@ def _defaults() -> dict[str, Any]:
         "device": "/dev/kvm",
         "as_json": False,
         "disks": (),
+        "gdb": None,
+        "gdb_anywhere": False,
         "trace": None,
         "trace_filters": (),
     }

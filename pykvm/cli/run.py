@@ -22,6 +22,8 @@ from .common import (
     debug_option,
     device_option,
     disk_option,
+    gdb_anywhere_option,
+    gdb_option,
     json_option,
     test_devices_option,
     trace_filter_option,
@@ -45,7 +47,7 @@ _STDERR = ""
 
 
 class RunCommand(click.Command):
-    """A command whose ``--ioctls`` takes its value only with ``=``, as GNU tools have it.
+    """A command whose ``--ioctls`` and ``--gdb`` take values only with ``=``, as GNU tools do.
 
     Click itself would take the next word for the value: ``run --ioctls hello`` would lose the name
     of the guest.
@@ -55,7 +57,7 @@ class RunCommand(click.Command):
         """Make the missing value explicit, up to a ``--``."""
         end = args.index("--") if "--" in args else len(args)
         args = [
-            f"{arg}={_STDERR}" if arg == "--ioctls" and at < end else arg
+            f"{arg}={_STDERR}" if arg in ("--ioctls", "--gdb") and at < end else arg
             for at, arg in enumerate(args)
         ]
         return super().parse_args(ctx, args)
@@ -129,6 +131,8 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     metavar="[=FILE]",
     help="Print every ioctl, as strace would, on standard error or into FILE.",
 )
+@gdb_option
+@gdb_anywhere_option
 @trace_option
 @trace_filter_option
 @device_option
@@ -150,6 +154,8 @@ def run(
     timeout: float | None,
     max_exits: int | None,
     ioctls: str | None,
+    gdb: str | None,
+    gdb_anywhere: bool,
     trace: str | None,
     trace_filters: tuple[str, ...],
     device: str,
@@ -193,7 +199,14 @@ def run(
         found.iopl = int(iopl)
     with nullcontext() if ioctls is None else _trace(ioctls):
         result, console = _run(
-            found, max_exits, device, disks, test_devices, (trace, trace_filters), captured=as_json
+            found,
+            max_exits,
+            device,
+            disks,
+            test_devices,
+            (trace, trace_filters),
+            None if gdb is None else (gdb, gdb_anywhere),
+            captured=as_json,
         )
     code = exitcodes.exit_code(result, as_qemu=test_devices)
     if as_json:
@@ -227,6 +240,7 @@ def _run(
     disks: tuple[DiskSpec, ...],
     test_devices: bool,
     trace: tuple[str | None, tuple[str, ...]],
+    gdb: tuple[str, bool] | None,
     *,
     captured: bool,
 ) -> tuple[RunResult, bytes]:
@@ -254,8 +268,27 @@ def _run(
         with _usage():
             watched = traced(m, *trace)
         with watched:
-            result = m.run(guest.timeout, max_exits=max_exits)
+            if gdb is None:
+                result = m.run(guest.timeout, max_exits=max_exits)
+            else:
+                with _usage():
+                    result = _under_gdb(m, gdb, guest.timeout, max_exits)
         return result, finish()
+
+
+def _under_gdb(
+    m: Machine, gdb: tuple[str, bool], timeout: float | None, max_exits: int | None
+) -> RunResult:
+    from pykvm.debug.gdb import run_under_gdb
+
+    return run_under_gdb(
+        m,
+        gdb[0],
+        lambda text: click.echo(f"pykvm: {text}", err=True),
+        anywhere=gdb[1],
+        timeout=timeout,
+        max_exits=max_exits,
+    )
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pykvm import kvm
 from pykvm.debug import probe
 from pykvm.debug.planted import Planted
-from pykvm.debug.stops import AGAIN, BREAKPOINT, HALTED, STEP, WATCHPOINT, Breakpoint, Stop
+from pykvm.debug.stops import AGAIN, BREAKPOINT, HALTED, LIMIT, STEP, WATCHPOINT, Breakpoint, Stop
 from pykvm.errors import CapabilityError
 
 TYPE_CHECKING = False
@@ -127,15 +127,26 @@ class Stepping:
                 return end
 
     def _single_step(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
-        self._looks[cpu.index] = look
-        self._before[cpu.index] = self.address(cpu)
+        index = cpu.index
+        self._looks[index] = look
+        self._before[index] = self.address(cpu)
+        overshoots = bool(self.obstacle(probe.STEP_OUT, cpu))
         try:
             self._arm(cpu, step=True)
-            _, end = go([cpu], deadline, None)
+            while True:
+                _, end = go([cpu], deadline, 1 if overshoots else None)
+                if not overshoots or end.reason != LIMIT:
+                    return end
+                # An exit was served, and the guest not entered again. If RIP has moved, the
+                # instruction is complete but for what KVM does before it enters the guest.
+                if self.address(cpu) != self._before[index]:
+                    cpu._runner.complete()
+                    stop = self._stepped(cpu, look)
+                    if stop is not None:
+                        return stop
         finally:
-            del self._looks[cpu.index]
+            del self._looks[index]
             self._arm(cpu)
-        return end
 
     def cannot_decode(self, cpu: Cpu) -> str:
         """Why instructions cannot be told apart here: "" if they can."""

@@ -13,6 +13,7 @@ BREAKPOINT = "breakpoint"
 WATCHPOINT = "watchpoint"
 STEP = "step"
 HALTED = "halted"
+LIMIT = "limit"
 AGAIN = "again"
 """Nobody wants to stop here; one step, and the run goes on. Never seen from outside."""
 

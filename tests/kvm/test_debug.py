@@ -263,6 +263,32 @@ def test_run_until_an_address_or_a_condition(made: list[pykvm.Machine]) -> None:
     assert not m.debugger.breakpoints
 
 
+@in_every_mode
+def test_a_step_over_a_port_or_a_device_is_one_step_too(
+    made: list[pykvm.Machine], mode: str, ring: int
+) -> None:
+    seen: list[int] = []
+    device = 0x10_0000 if mode != "real16" else 0xF_0000
+    m = pykvm.Machine(pykvm.GuestMemory(0xF_0000))
+    made.append(m)
+    code = "out 0xe9, al; inc ecx; in al, 0x60; inc ecx; mov [ebx], al; inc ecx; mov al, [ebx]; hlt"
+    m.load(pykvm.asm(code.replace("ebx", "bx") if mode == "real16" else code, mode=mode, at=ENTRY))  # type: ignore[arg-type]
+    m.cpu.enter(mode, entry=ENTRY, ring=ring, iopl=3)
+    m.cpu.rbx = device
+    if mode == "real16":
+        m.cpu.ds.base, m.cpu.rbx = device, 0
+    m.on_pio(0xE9, lambda access: seen.append(m.cpu.ecx))
+    m.pio.constant(0x60, 0x42)
+    m.mmio.constant(device, 0x37, 4)
+    need_steps(m)
+    got = []
+    for _ in range(7):
+        assert m.step().reason == "step"
+        got.append((m.cpu.ecx, m.cpu.al))
+    assert got == [(0, 0), (1, 0), (1, 0x42), (2, 0x42), (2, 0x42), (3, 0x42), (3, 0x37)]
+    assert seen == [0]
+
+
 def test_a_step_that_meets_the_end_says_so(made: list[pykvm.Machine]) -> None:
     m = make(made, "inc ebx; hlt")
     need_steps(m)

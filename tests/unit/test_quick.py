@@ -97,7 +97,8 @@ def test_every_option_is_known_or_click_s_on_purpose() -> None:
     }
     assert known <= options
     assert options - known == {
-        "--disk", "--test-devices", "--ioctls", "--trace", "--trace-filter", "--json", "--debug",
+        "--disk", "--test-devices", "--ioctls", "--gdb", "--gdb-anywhere", "--trace",
+        "--trace-filter", "--json", "--debug",
     }  # fmt: skip
 
 

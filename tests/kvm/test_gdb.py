@@ -1,0 +1,257 @@
+"""The real gdb, on guests of ours and on Debian's kernel."""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import pykvm
+from pykvm.debug.gdb_packets import packet
+from pykvm.debug.gdb_session import Session
+from pykvm.result import RunResult
+from tests.support import linux_guest
+from tests.support.stops import CELL, machine
+
+GDB = shutil.which("gdb")
+needs_gdb = pytest.mark.skipif(GDB is None, reason='shutil.which("gdb") found none')
+
+
+class Gdb:
+    """gdb in batch mode, at work on a machine of this process."""
+
+    def __init__(self, *commands: str, files: tuple[str, ...] = ()) -> None:
+        self._commands, self._files = commands, files
+
+    def debug(self, m: pykvm.Machine) -> tuple[str, str]:
+        """Have it run the machine: what it printed, and how it left."""
+        with m.gdb_server("127.0.0.1:0") as server:
+            words = [str(GDB), "-nx", "-batch", *self._files, "-ex", "set confirm off"]
+            for command in (f"target remote {server.address}", *self._commands):
+                words += ["-ex", command]
+            process = subprocess.Popen(
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            told: list[bytes] = []
+            collect = threading.Thread(target=lambda: told.append(process.communicate()[0]))
+            collect.start()
+            how, _ = server.serve(timeout=60)
+            collect.join(60)
+            assert process.returncode is not None
+        return told[0].decode(), how
+
+
+@pytest.fixture
+def m() -> Iterator[pykvm.Machine]:
+    with machine(cpus=2) as made:
+        made.cpus[1].rip = made.resolve("bottom")
+        made.cpus[1].ecx = 5
+        yield made
+
+
+@needs_gdb
+def test_gdb_breaks_steps_and_looks_around(m: pykvm.Machine) -> None:
+    top = m.resolve("top")
+    text, how = Gdb(
+        "info threads", f"break *{top:#x}", "continue", "printf \"at %#lx %d\\n\", $rip, $ebx",
+        "stepi", "stepi", "printf \"then %#lx %d\\n\", $rip, $ebx", f"x/1wx {CELL:#x}",
+        f"x/2i {top:#x}", f"set *(int *){CELL:#x} = 0x1234", "set $rbx = 0x77",
+        "info registers cr0", "print $xmm0.uint128", "thread 2", "printf \"two %d\\n\", $ecx",
+        "monitor ways", "detach",
+    ).debug(m)  # fmt: skip
+    assert len(re.findall(r"Thread [12] \(vcpu [01], long64", text)) >= 2, text
+    hit = re.search(r"at (0x\w+) (\d+)", text)
+    assert hit and int(hit[1], 16) == top, text
+    then = re.search(r"then (0x\w+) (\d+)", text)
+    assert then and int(then[2]) == int(hit[2]) + 1, text
+    assert re.search(r"inc +%ebx", text), "the guest's own code, without what was planted in it"
+    assert "0x80010033" in text and "long64, port: works" in text
+    assert how == "detached"
+    assert m.mem.read(CELL, 4) == b"\x34\x12\0\0"
+    assert 0x77 in [cpu.rbx for cpu in m.cpus]
+    assert len(m.planted) == 0
+    assert m.run(timeout=20).reason == "stopped"
+
+
+@needs_gdb
+def test_ctrl_c_stops_a_guest_that_runs_for_ever() -> None:
+    with machine("inc ebx; l: jmp l") as m, m.gdb_server("127.0.0.1:0") as server:
+        process = subprocess.Popen(
+            [str(GDB), "-nx", "-batch", "-ex", f"target remote {server.address}", "-ex", "continue",
+             "-ex", 'printf "stopped %d\\n", $ebx', "-ex", "kill"],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+
+        def interrupt() -> None:
+            while m.cpu._runner.c.entries < 3 or not m.running:
+                pass
+            process.send_signal(signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        how, result = server.serve(timeout=60)
+        thread.join()
+        text = process.communicate()[0].decode()
+    assert "SIGINT" in text and "stopped 1" in text
+    assert how == "killed" and result is not None and result.reason == "stopped"
+
+
+@needs_gdb
+def test_a_watched_write_stops_it_or_is_refused() -> None:
+    with machine() as m:
+        text, _ = Gdb(f"watch *(int *){CELL:#x}", "continue", 'printf "rip %#lx\\n", $rip',
+                      "kill").debug(m)  # fmt: skip
+        assert "Hardware watchpoint" in text
+        assert f"rip {m.resolve('bottom'):#x}" in text, text
+        assert re.search(r"Old value = 0\s+New value = 1", text)
+
+
+@needs_gdb
+def test_the_guests_end_is_an_exit_and_a_triple_fault_is_explained() -> None:
+    with machine() as m:
+        text, how = Gdb("continue").debug(m)
+        assert "exited with code 07" in text and how == "ended"
+    with machine("ud2") as m:
+        text, how = Gdb("continue", "kill").debug(m)
+        assert "SIGSEGV" in text and "triple fault" in text.lower(), text
+
+
+C_SOURCE = """
+int depth;
+__attribute__((noinline)) int inner(int n) { depth = n; return n + 1; }
+__attribute__((noinline)) int outer(int n) { return inner(n * 2) + 1; }
+void _start(void) { outer(21); for (;;) __asm__ volatile("outb %%al, $0xf4" ::: "memory"); }
+"""
+
+
+@needs_gdb
+@pytest.mark.skipif(shutil.which("gcc") is None, reason='shutil.which("gcc") found none')
+def test_backtrace_with_symbols_in_a_guest_in_c(tmp_path: Path) -> None:
+    (tmp_path / "guest.c").write_text(C_SOURCE)
+    elf = str(tmp_path / "guest.elf")
+    subprocess.run(
+        ["gcc", "-g", "-O0", "-ffreestanding", "-nostdlib", "-static", "-no-pie", "-fno-pie",
+         "-mgeneral-regs-only", "-fcf-protection=none", "-fno-asynchronous-unwind-tables",
+         "-Wl,-Ttext=0x10000", "-Wl,--build-id=none", "-o", elf, str(tmp_path / "guest.c")],
+        check=True,
+    )  # fmt: skip
+    with pykvm.Machine("4M") as m:
+        image = m.load_elf(elf)
+        m.cpu.enter(image.mode, entry=image.entry)
+        m.pio.stop(0xF4)
+        text, _ = Gdb("break inner", "continue", "backtrace", "finish", "print depth", "kill",
+                      files=(elf,)).debug(m)  # fmt: skip
+    assert re.search(r"#0 +inner \(n=42\)", text), text
+    assert re.search(r"#1 .* outer \(n=21\)", text)
+    assert re.search(r"#2 .* _start", text)
+    assert "Value returned is $1 = 43" in text and "$2 = 42" in text
+
+
+@needs_gdb
+def test_the_command_line_waits_for_gdb(tmp_path: Path) -> None:
+    path = str(tmp_path / "gdb.socket")
+    run = subprocess.Popen(
+        [sys.executable, "-m", "pykvm", "run", "hello", f"--gdb={path}"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    assert run.stderr is not None
+    assert path.encode() in run.stderr.readline()
+    done = subprocess.run(
+        [str(GDB), "-nx", "-batch", "-ex", f"target remote {path}", "-ex", "stepi",
+         "-ex", "detach"],
+        capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=True,
+    )  # fmt: skip
+    out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (0, b"Hello, KVM!\n"), (err, done.stdout)
+    assert not os.path.exists(path)
+
+
+def test_an_address_that_others_reach_is_refused_by_the_command_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pykvm", "run", "hello", "--gdb=0.0.0.0:0"],
+        capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and b"owns the guest" in done.stderr
+
+
+# ---- Debian's kernel -----------------------------------------------------------------------------
+
+
+def kernel_symbols(image: Path) -> dict[str, int]:
+    """Addresses in a kernel, where it is the one that runs here: its own are in /proc/kallsyms."""
+    if platform.release() not in image.name:
+        pytest.skip(f"os.uname().release is {platform.release()}, the kernel is {image.name}")
+    wanted, found = ("_text", "start_kernel", "__fentry__"), {}
+    with open("/proc/kallsyms") as file:
+        for line in file:
+            address, _, name = line.split()[:3]
+            if name in wanted:
+                found[name] = int(address, 16)
+    if not found.get("_text"):
+        pytest.skip("/proc/kallsyms shows no addresses")
+    moved = found["_text"] - 0xFFFFFFFF81000000  # KASLR, of the kernel that runs here
+    return {name: address - moved for name, address in found.items()}
+
+
+@needs_gdb
+@pytest.mark.watchdog(600)
+def test_gdb_stops_debians_kernel_at_start_kernel() -> None:
+    images = linux_guest.kernels()
+    if "generic" not in images:
+        pytest.skip("PYKVM_KERNELS names no folder with Debian's generic kernel")
+    if not linux_guest.ring0_is_native():
+        pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
+    symbols = kernel_symbols(images["generic"])
+    start = symbols["start_kernel"]
+    with pykvm.Machine("256M", irqchip=True, pit=True) as m:
+        m.boot(images["generic"], cmdline="console=ttyS0 nokaslr")
+        m.add_symbols(symbols)
+        text, _ = Gdb(f"break *{start:#x}", "continue", 'printf "at %#lx\\n", $rip', "info threads",
+                      "stepi", 'printf "then %#lx\\n", $rip', "x/1i $rip", "print/x $cr3",
+                      "delete", "kill").debug(m)  # fmt: skip
+    assert f"at {start:#x}" in text, text
+    assert "start_kernel" in text, "the thread's line names the symbol"
+    then = re.search(r"then (0x\w+)", text)
+    assert then, text
+    behind = int(then[1], 16)  # ftrace's call, until ftrace takes it out
+    assert behind == symbols.get("__fentry__") or start < behind < start + 16
+
+
+# ---- nonsense ------------------------------------------------------------------------------------
+
+
+def test_no_packet_breaks_a_session() -> None:
+    """Pieces of what the protocol has, put together at random: an answer or an error, always."""
+    pieces = [b"g", b"G", b"p", b"P", b"m", b"M", b"X", b"H", b"T", b"Z", b"z", b"q", b"Q", b"v",
+              b"0", b"1", b"8000", b"ffffffffffffffff", b",", b";", b":", b"=", b"-1", b"}", b"\0",
+              b"Supported", b"Xfer:features:read:", b"target.xml", b"Rcmd,", b"Cont?", b"Cont;",
+              b"fThreadInfo", b"ThreadExtraInfo,", b"70", b"?", b"zz"]  # fmt: skip
+    rng = random.Random(5)
+    with machine() as m:
+        session = Session(m, lambda run: RunResult("stopped"))
+        for _ in range(1000):
+            payload = b"".join(rng.choice(pieces) for _ in range(rng.randint(1, 6)))
+            for answer in session.answer(payload):
+                packet(answer)
+        session.close()
+        assert len(m.planted) == 0 and not m.debugger.breakpoints
+
+
+def test_what_is_not_mapped_is_an_error_and_not_the_end() -> None:
+    with machine() as m:
+        session = Session(m, lambda run: run())
+        for payload in (b"m7fff00000000,8", b"M7fff00000000,1:00", b"p999", b"Hg63", b"m8000",
+                        b"m,", b"vCont;q", b"G0", b"P0=00"):  # fmt: skip
+            assert session.answer(payload) == [b"E01"], payload
+        assert session.answer(b"no such thing") == [b""]
+        assert session.answer(b"m8000,4")[0] != b"E01"
