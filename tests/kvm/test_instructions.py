@@ -1,0 +1,197 @@
+"""Listings of what was executed, coverage of blocks, and KVM against Unicorn."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+
+import pykvm
+from pykvm.debug.coverage import Block, find_blocks
+from pykvm.errors import CapabilityError
+from tests.support.stops import COUNT, ENTRY, MODES, machine
+
+in_every_mode = pytest.mark.parametrize(("mode", "ring"), MODES)
+
+BRANCHES = """
+start:
+    mov ecx, 2
+loop:
+    test ecx, ecx
+    jz done
+    dec ecx
+    jmp loop
+never:
+    inc ebx
+    jmp start
+done:
+    call leaf
+    out 0xf4, al
+leaf:
+    mov al, 3
+    ret
+"""
+
+
+# ---- listings ------------------------------------------------------------------------------------
+
+
+@in_every_mode
+def test_a_listing_has_every_instruction_with_what_it_changed(mode: str, ring: int) -> None:
+    pytest.importorskip("capstone")
+    with machine(COUNT, mode, ring) as m:
+        trace = m.instructions()
+        assert trace.result.reason == "stopped"
+        texts = [each.text.split()[0] for each in trace.executed]
+        assert texts == ["mov", "mov", *["inc", "mov", "dec", "jne"] * 3, "mov", "out"]
+        counts = [each.changed["rbx"] for each in trace.executed if each.text.startswith("inc")]
+        assert counts == [1, 2, 3]
+        assert trace.executed[0].changed["rcx"] == 3
+        assert "top:" in str(trace)
+
+
+def test_a_listing_shows_the_guests_own_code_and_stops_at_breakpoints() -> None:
+    pytest.importorskip("capstone")
+    with machine() as m:
+        point = m.breakpoint("bottom")
+        trace = m.instructions(limit=100)
+        assert trace.result.exit.point is point
+        assert [each.text for each in trace.executed][2:] == [
+            "inc ebx",
+            "mov dword ptr [0x9000], ebx",
+        ]
+        assert m.instructions(limit=1).executed[0].text == "dec ecx"
+
+
+# ---- coverage ------------------------------------------------------------------------------------
+
+
+def blocks_of(m: pykvm.Machine, mode: str = "long64") -> list[Block]:
+    pytest.importorskip("capstone")
+    bits = {"real16": 16, "prot32": 32, "long64": 64}[mode]
+    end = m.resolve("leaf") + 3
+    return find_blocks(m.mem.read(ENTRY, end - ENTRY), ENTRY, bits)
+
+
+@in_every_mode
+def test_blocks_that_are_reached_are_found_in_order_and_each_costs_one_stop(
+    mode: str, ring: int
+) -> None:
+    with machine(BRANCHES, mode, ring) as m:
+        blocks = blocks_of(m, mode)
+        names = {m.symbols.name(block.address) for block in blocks}
+        assert {"start", "loop", "done", "leaf"} <= names
+        assert "never" not in names, "nothing leads there"
+        never = m.resolve("never")
+        with m.trace() as trace, m.coverage([*blocks, never]) as covered:
+            result = m.run(timeout=20)
+        assert (result.reason, result.code) == ("stopped", 3)
+        hit = [m.symbols.name(address) for address in covered.hit]
+        assert hit[:2] == ["start", "loop"] and never not in covered.hit
+        assert len(covered.hit) == len(blocks) and covered.ratio < 1
+        assert len(trace.events) == len(blocks) + 1
+        assert len(m.planted) == 0
+
+
+def test_a_second_run_finds_what_the_first_did_not() -> None:
+    with machine("cmp ebx, 1; je one; out 0xf4, al; one: inc ecx; out 0xf4, al") as m:
+        one = m.resolve("one")
+        covered = m.coverage([(ENTRY, 3), (one, 4)])
+        with covered:
+            m.run(timeout=20)
+        assert list(covered.hit) == [ENTRY]
+        m.cpu.enter("long64", entry=ENTRY)
+        m.cpu.rbx = 1
+        with covered:
+            m.run(timeout=20)
+        assert list(covered.hit) == [ENTRY, one]
+
+
+def test_drcov_is_as_dynamorio_has_it(tmp_path: Path) -> None:
+    with machine(BRANCHES) as m:
+        blocks = blocks_of(m)
+        with m.coverage(blocks) as covered:
+            m.run(timeout=20)
+        covered.save(tmp_path / "g.drcov", name="/guest.elf")
+    head, _, rest = (tmp_path / "g.drcov").read_bytes().partition(b"BB Table: ")
+    lines = head.decode().splitlines()
+    assert lines[0] == "DRCOV VERSION: 2" and lines[2] == "Module Table: version 2, count 1"
+    assert lines[3] == "Columns: id, base, end, entry, checksum, timestamp, path"
+    module = [word.strip() for word in lines[4].split(",")]
+    assert (int(module[0]), int(module[1], 16), module[-1]) == (0, ENTRY, "/guest.elf")
+    count, _, table = rest.partition(b" bbs\n")
+    assert len(table) == 8 * int(count)
+    found = {
+        (ENTRY + offset, size)
+        for offset, size, number in struct.iter_unpack("<IHH", table)
+        if number == 0
+    }
+    assert found == {(b.address, b.size) for b in blocks if b.address in covered.hit}
+
+
+def test_blocks_that_are_not_mapped_are_refused() -> None:
+    with machine() as m, pytest.raises(CapabilityError, match="nothing is mapped at 0x7"):
+        m.coverage([ENTRY, 0x7000_0000_0000]).begin()
+    with machine() as m:
+        assert len(m.planted) == 0
+
+
+# ---- KVM against Unicorn -------------------------------------------------------------------------
+
+ARITHMETIC = """
+    mov eax, 0x12345678
+    mov ebx, 0x9abcdef
+    mov ecx, 40
+again:
+    add eax, ebx
+    rol eax, 7
+    imul ebx, ebx, 33
+    xor ebx, eax
+    sub eax, 1
+    adc ebx, 5
+    shr eax, 3
+    push ax
+    pop dx
+    in al, 0x60
+    cpuid
+    dec cx
+    mov ecx, 1
+    loop again
+    out 0xf4, al
+"""
+
+
+@pytest.mark.parametrize(("mode", "ring"), [m for m in MODES if m[0] != "real16"])
+def test_both_do_the_same(mode: str, ring: int) -> None:
+    pytest.importorskip("capstone")
+    pytest.importorskip("unicorn")
+    with machine(ARITHMETIC, mode, ring) as m:
+        done = m.compare_with_unicorn(300)
+        assert done.same and done.steps >= 15, done
+        assert done.result is not None and done.result.reason == "stopped"
+
+
+def test_the_first_difference_ends_it_and_is_told() -> None:
+    pytest.importorskip("capstone")
+    pytest.importorskip("unicorn")
+    with machine("mov ebx, 1; out 0xe9, al; inc ebx; hlt") as m:
+
+        def tamper(access: object) -> None:
+            m.cpu.rbx = 0x50
+
+        m.on_pio(0xE9, tamper)
+        done = m.compare_with_unicorn(10)
+        assert not done.same and done.steps == 1
+        assert done.differs["rbx"] == (0x50, 1)
+        assert done.divergence is not None and done.divergence.text.startswith("out")
+        assert "rbx 0x50 on KVM, 0x1 on Unicorn" in repr(done)
+
+
+def test_what_unicorn_cannot_do_is_told() -> None:
+    pytest.importorskip("capstone")
+    pytest.importorskip("unicorn")
+    with machine("mov eax, [0xd0000000]; hlt") as m:
+        m.mmio.constant(0xD0000000, 5, 4)
+        done = m.compare_with_unicorn(10)
+        assert not done.same and "[0xd0000000]" in done.error
