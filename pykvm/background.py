@@ -6,18 +6,17 @@ import threading
 
 from pykvm import result as reasons
 from pykvm.errors import BusyError
+from pykvm.kvm.handle import Closing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
-    from typing import Self
 
     from pykvm.result import RunResult
     from pykvm.runs import Runs
 
 
-class Background:
+class Background(Closing):
     """A run of a machine in a thread of its own.
 
     While it runs the script may use the console, guest memory, ``m.stop()``; the registers belong
@@ -137,17 +136,6 @@ class Background:
             if self.running:
                 self._stopping = True
                 self._machine.stop(reason, code)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self.running:

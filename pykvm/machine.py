@@ -11,6 +11,7 @@ from pykvm.debugging import Debugging
 from pykvm.devices.bus import Bus
 from pykvm.errors import ClosedError
 from pykvm.host import cpuid_of_one, has_gigapages, open_kvm, ram
+from pykvm.kvm.handle import Closing
 from pykvm.memory import GuestMemory
 from pykvm.snapshot_methods import SnapshotMethods
 from pykvm.vcpu_thread import Runner
@@ -18,8 +19,7 @@ from pykvm.vcpu_thread import Runner
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
-    from typing import Any, Self, TypeVar
+    from typing import Any, TypeVar
 
     from pykvm.boot import BootPlan
     from pykvm.console import Console
@@ -40,7 +40,7 @@ TSS_ADDR = 0xFFFBD000
 """Three pages, and one below, where neither RAM nor a device is: under the BIOS's place."""
 
 
-class Machine(Debugging, SnapshotMethods):
+class Machine(Debugging, SnapshotMethods, Closing):
     """A virtual machine for tiny guests.
 
     ::
@@ -508,17 +508,6 @@ class Machine(Debugging, SnapshotMethods):
         memory = getattr(self, "memory", None)
         if memory is not None:
             memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self._closed:

@@ -6,12 +6,12 @@ import threading
 import time
 
 from pykvm.errors import ClosedError
+from pykvm.kvm.handle import Closing
 from pykvm.machine import Machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
 
 HEAD_START = 0.002
@@ -20,7 +20,7 @@ machine, which would compete for the GIL and the kernel's locks; nobody waits if
 """
 
 
-class Pool:
+class Pool(Closing):
     """A stock of fresh machines, all alike.
 
     ::
@@ -135,14 +135,3 @@ class Pool:
             filler.join()
         for machine in spare:
             machine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -19,7 +19,28 @@ if TYPE_CHECKING:
     BytesLike = bytes | bytearray | memoryview
 
 
-class Handle:
+class Closing:
+    """A context manager of what has a ``close``."""
+
+    __slots__ = ()
+
+    def close(self) -> None:
+        """Give back what it holds. A second call does nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Handle(Closing):
     """An owned file descriptor: a context manager with an idempotent ``close``.
 
     The file descriptors of KVM are close-on-exec. A handle that is dropped without ``close`` is
@@ -56,17 +77,6 @@ class Handle:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __del__(self) -> None:
         if getattr(self, "_fd", -1) >= 0:
