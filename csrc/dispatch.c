@@ -153,24 +153,20 @@ static PyType_Spec mmio_spec = {
 
 /* ---- calling handlers ------------------------------------------------------------------------ */
 
-/* A handler's answer as a number of the access's width: 0, or -1 with an exception. */
-static int take_answer(const struct pykvm_access *access, PyObject *answer, uint64_t *value)
+/* An exception about an answer: `format` takes the place, an object and the access's size. */
+static int refuse(const struct pykvm_access *access, PyObject *kind, const char *format,
+                  PyObject *shown)
 {
-    if (answer == Py_None) {
-        *value = PYKVM_ALL_ONES;
-        return 0;
-    }
     char where[32];
     snprintf(where, sizeof where, "%#llx", (unsigned long long)access->address);
-    if (!PyLong_Check(answer)) {
-        PyObject *name = PyType_GetName(Py_TYPE(answer));
-        if (name)
-            PyErr_Format(PyExc_TypeError,
-                         "the handler at %s must answer a read with an int or None, not %U", where,
-                         name);
-        Py_XDECREF(name);
-        return -1;
-    }
+    if (shown)
+        PyErr_Format(kind, format, where, shown, access->size, access->size == 1 ? "" : "s");
+    Py_XDECREF(shown);
+    return -1;
+}
+
+static int take_int(const struct pykvm_access *access, PyObject *answer, uint64_t *value)
+{
     int overflow = 0, fits = 0;
     long long number = PyLong_AsLongLongAndOverflow(answer, &overflow);
     *value = (uint64_t)number;
@@ -181,17 +177,34 @@ static int take_answer(const struct pykvm_access *access, PyObject *answer, uint
         fits = !PyErr_Occurred();
         PyErr_Clear();
     }
-    if (!fits) {
-        PyObject *shown = PyNumber_ToBase(answer, 16);
-        if (shown)
-            PyErr_Format(PyExc_ValueError,
-                         "the handler at %s answered %U, which does not fit the %d byte%s of the"
-                         " read",
-                         where, shown, access->size, access->size == 1 ? "" : "s");
-        Py_XDECREF(shown);
-        return -1;
+    if (fits)
+        return 0;
+    return refuse(access, PyExc_ValueError,
+                  "the handler at %s answered %U, which does not fit the %d byte%s of the read",
+                  PyNumber_ToBase(answer, 16));
+}
+
+/* A handler's answer as a number of the access's width: 0, or -1 with an exception. */
+static int take_answer(const struct pykvm_access *access, PyObject *answer, uint64_t *value)
+{
+    if (answer == Py_None) {
+        *value = PYKVM_ALL_ONES;
+        return 0;
     }
-    return 0;
+    if (PyLong_Check(answer))
+        return take_int(access, answer, value);
+    PyObject *index = PyNumber_Index(answer); /* another integer: NumPy's, say */
+    if (!index) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError))
+            return -1;
+        PyErr_Clear();
+        return refuse(access, PyExc_TypeError,
+                      "the handler at %s must answer a read with an int or None, not %U",
+                      PyType_GetName(Py_TYPE(answer)));
+    }
+    int status = take_int(access, index, value);
+    Py_DECREF(index);
+    return status;
 }
 
 /* The handler's answer to the access of a vCPU that waits for one: 0, or -1 with an exception. */

@@ -78,6 +78,8 @@ static int number_of(PyObject *value, const struct part *part, uint64_t *number)
     }
     PyObject *index = PyNumber_Index(value);
     if (!index) {
+        if (!PyErr_ExceptionMatches(PyExc_TypeError))
+            return -1;
         PyErr_Clear();
         PyObject *type = PyType_GetName(Py_TYPE(value));
         if (type)

@@ -5,6 +5,8 @@ The general ones are written in C, ``csrc/registers.c``: handlers read them on e
 
 from __future__ import annotations
 
+from operator import index
+
 from pykvm._typing import overload
 
 TYPE_CHECKING = False
@@ -17,11 +19,13 @@ SREGS = 2
 
 
 def _fits(name: str, value: int, bits: int) -> int:
-    if isinstance(value, int) and 0 <= value < 1 << bits:
-        return value
-    if not isinstance(value, int):
-        raise TypeError(f"{name} takes an int, not {type(value).__name__}")
-    raise ValueError(f"{name} has {bits} bits: {value:#x} does not fit")
+    try:
+        number = index(value)
+    except TypeError:
+        raise TypeError(f"{name} takes an int, not {type(value).__name__}") from None
+    if 0 <= number < 1 << bits:
+        return number
+    raise ValueError(f"{name} has {bits} bits: {number:#x} does not fit")
 
 
 class _Register:

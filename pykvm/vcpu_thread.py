@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import time
 from _thread import get_ident
+from operator import index
 
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
@@ -290,8 +291,8 @@ class Runner:
             self.vcpu.complete_msr(error=1)
         elif exit.is_write:
             self.vcpu.complete_msr()
-        elif isinstance(answer, int) and 0 <= answer < 1 << 64:
-            self.vcpu.complete_msr(answer)
+        elif hasattr(answer, "__index__") and 0 <= (value := index(answer)) < 1 << 64:
+            self.vcpu.complete_msr(value)
         else:
             raise ValueError(
                 f"the handler of MSR {exit.index:#x} answered {answer!r}: no 64-bit int"

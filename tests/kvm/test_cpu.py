@@ -93,6 +93,27 @@ def test_a_value_that_does_not_fit_names_the_register(
         setattr(cpu, name, "7")
 
 
+def test_registers_take_whatever_is_an_integer(cpu: pykvm.Cpu) -> None:
+    class Integer:
+        """What NumPy's integers are."""
+
+        def __index__(self) -> int:
+            return 5
+
+    cpu.rax = cpu.cr2 = cpu.cs.selector = Integer()  # type: ignore[assignment]
+    assert (cpu.rax, cpu.cr2, cpu.cs.selector) == (5, 5, 5)
+
+
+def test_what_goes_wrong_in_an_integer_comes_through(cpu: pykvm.Cpu) -> None:
+    class Broken:
+        def __index__(self) -> int:
+            raise LookupError
+
+    for name in ("rax", "cr2"):
+        with pytest.raises(LookupError):
+            setattr(cpu, name, Broken())
+
+
 def test_a_misspelt_register_is_an_error(cpu: pykvm.Cpu) -> None:
     with pytest.raises(AttributeError):
         cpu.rxx = 1  # type: ignore[attr-defined]

@@ -188,6 +188,28 @@ def test_a_handlers_exception_comes_through_whole_and_the_run_can_go_on() -> Non
     assert run(fake).reason == reasons.HALTED
 
 
+class Integer:
+    """What NumPy's integers are: no int, but a number that can be one."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __index__(self) -> int:
+        return self.number
+
+
+@pytest.mark.parametrize("answer", [True, Integer(1), Integer(-255), -255 + 256])
+def test_whatever_is_an_integer_answers(answer: Any) -> None:
+    fake = FakeRun(pio(0x61), HLT)
+    fake.pio.handle(0x61, lambda access: answer)
+    if getattr(answer, "number", 1) < 0:
+        with pytest.raises(ValueError, match="answered -0xff, which does not fit the 1 byte of"):
+            run(fake)
+    else:
+        run(fake)
+        assert fake.answered(0, 1) == b"\x01"
+
+
 @pytest.mark.parametrize(
     ("answer", "kind"),
     [(256, ValueError), ("x", TypeError), (-2, ValueError), (1 << 80, ValueError)],
