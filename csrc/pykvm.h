@@ -154,7 +154,8 @@ struct pykvm_ram_region {
     uint64_t first; /* guest-physical address */
     uint64_t last;  /* inclusive */
     uint8_t *host;
-    uint32_t id; /* stays the same from map to map */
+    uint64_t *touched; /* bitmap of pages that are written, or NULL: nobody wants to know */
+    uint32_t id;       /* stays the same from map to map */
     uint32_t readonly;
 };
 
@@ -627,6 +628,8 @@ int64_t pykvm_image_write(int fd, int64_t offset, const uint8_t *memory, uint64_
 uint64_t pykvm_image_diff(const uint8_t *a, const uint64_t *held_a, const uint8_t *b,
                           const uint64_t *held_b, uint64_t pages, uint64_t *differs);
 uint64_t pykvm_tsc(void);
+/* Set bits of a bitmap of pages, from any thread. */
+void pykvm_pages_mark(uint64_t *bitmap, uint64_t first, uint64_t count);
 
 /* ---- fuzzing: input after input, without Python (fuzz.c) -------------------------------------- */
 

@@ -24,6 +24,16 @@ uint64_t pykvm_tsc(void)
     return __rdtsc();
 }
 
+void pykvm_pages_mark(uint64_t *bitmap, uint64_t first, uint64_t count)
+{
+    for (uint64_t page = first, end = first + count; page < end;) {
+        uint64_t step = 64 - page % 64 < end - page ? 64 - page % 64 : end - page;
+        uint64_t bits = step == 64 ? UINT64_MAX : ((UINT64_C(1) << step) - 1) << (page % 64);
+        __atomic_fetch_or(&bitmap[page / 64], bits, __ATOMIC_RELAXED);
+        page += step;
+    }
+}
+
 static int holds(const uint64_t *bitmap, uint64_t page)
 {
     return !bitmap || bitmap[page / 64] >> (page % 64) & 1;

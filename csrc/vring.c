@@ -189,6 +189,10 @@ static int add(const struct pykvm_ram_map *map, struct pykvm_chain *chain,
         if (chain->count == chain->capacity)
             return PYKVM_BREACH_LONG;
         uint64_t room = region->last - gpa + 1, piece = room < left ? room : left;
+        if (writable && region->touched) {
+            uint64_t first = (gpa - region->first) / 4096;
+            pykvm_pages_mark(region->touched, first, (gpa + piece - 1 - region->first) / 4096 - first + 1);
+        }
         chain->segments[chain->count++] = (struct pykvm_segment){
             .offset = gpa - region->first,
             .length = (uint32_t)piece,

@@ -230,8 +230,8 @@ class GuestMemory:
     def track(self) -> HostWrites:
         """Note from now on which pages the host writes; writing costs a little more then.
 
-        Pages under a writable view, also one handed out before, and all that devices see through
-        :meth:`table`, count as exposed: nobody can tell when they are written.
+        Pages under a writable view, also one handed out before, count as exposed: nobody can tell
+        when they are written. So do the rings of virtio devices; their buffers are noted.
         """
         self._map.check_open()
         writes = self._map.writes
@@ -244,6 +244,8 @@ class GuestMemory:
                 words.forget()
             for piece in self._map.exposed:
                 writes.expose(*piece)
+            if self._ram is not None:
+                self._ram.publish()
         return writes
 
     def add_private(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pykvm._abi import ffi
+from pykvm._abi import ffi, lib
 
 from .units import PAGE_SIZE
 
@@ -54,12 +54,8 @@ class HostWrites:
 
 
 def _set(bitmap: Any, at: int, length: int) -> None:
-    """Set the bits of the pages of a range, in words of 64."""
+    """Set the bits of the pages of a range; from any thread."""
     if not length:
         return
-    page, last = at // PAGE_SIZE, (at + length - 1) // PAGE_SIZE
-    while page <= last:
-        word, first = divmod(page, 64)
-        count = min(64 - first, last - page + 1)
-        bitmap[word] |= (1 << count) - 1 << first
-        page += count
+    page = at // PAGE_SIZE
+    lib.pykvm_pages_mark(bitmap, page, (at + length - 1) // PAGE_SIZE - page + 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +13,9 @@ from pykvm import result as reasons
 from pykvm.errors import BusyError, ClosedError, SnapshotError
 from pykvm.memory import GuestMemory
 from pykvm.snapshot.reset import MODES, Tracking
+from tests.kvm.test_virtio import PROBE, SERVED
+from tests.kvm.test_virtio_blk import serve
+from tests.support.vring_driver import Driver
 
 ENTRY = 0x8000
 DATA = 0x100000
@@ -345,3 +349,37 @@ def test_the_guests_time_stands_still(machine: pykvm.Machine) -> None:
         khz = machine.cpu.vcpu.get_tsc_khz()
         # Each run begins at the same moment: what differs is how long it took to get there.
         assert max(times) - min(times) < khz * 1000 // 2, times
+
+
+def test_a_disks_overlay_goes_back_with_memory(tmp_path: Path) -> None:
+    image = tmp_path / "disk"
+    image.write_bytes(bytes(64 * 1024))
+    with pykvm.Machine("2M") as m:
+        m.disk(image, overlay=True)
+        m.load(pykvm.asm((PROBE + SERVED).replace("QUEUE", "0"), mode="long64"), at=ENTRY)
+        driver = Driver(m.memory, 8, desc=0x20000, driver=0x21000, device=0x22000)
+        m.memory.write(0x40000, b"first" * 100 + bytes(12))
+        assert serve(m, driver, 1, 5, 0x40000, 512) == 0
+        with m.snapshot() as s:
+            s.save(tmp_path / "snapshot")
+            index = driver.index
+            for _ in range(3):
+                driver.index = index
+                m.memory.write(0x41000, b"later" * 100 + bytes(12))
+                assert serve(m, driver, 1, 5, 0x41000, 512) == 0
+                s.restore()
+                driver.index = index
+                assert serve(m, driver, 0, 5, 0x42000, 512) == 0
+                assert m.memory.read(0x42000, 5) == b"first"
+                s.restore()
+                assert m.memory.read(0x42000, 5) == bytes(5)
+            with pytest.raises(SnapshotError, match="lacks"):
+                s.fork()
+    with (
+        pykvm.Snapshot.load(tmp_path / "snapshot") as s,
+        s.fork(lambda m: m.disk(image, overlay=True)) as m,
+    ):
+        again = Driver(m.memory, 8, desc=0x20000, driver=0x21000, device=0x22000)
+        again.index = index
+        assert serve(m, again, 0, 5, 0x42000, 512) == 0
+        assert m.memory.read(0x42000, 5) == b"first"

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pykvm.devices.disk.base import Disk
+from pykvm.devices.disk.overlay import OverlayDisk
 from pykvm.devices.disk.raw import RawDisk, open_raw
 from pykvm.devices.virtio import blk
 from pykvm.devices.virtio import blk_request as req
@@ -331,6 +333,35 @@ def test_state_comes_back(image: Path, tmp_path: Path) -> None:
     other.write_bytes(bytes(512))
     with open_raw(other) as disk, pytest.raises(ValueError, match="256 sectors"):
         Blk(disk).restore_device(state)
+
+
+def test_what_was_written_to_an_overlay_is_part_of_the_state(image: Path) -> None:
+    with OverlayDisk(open_raw(image)) as disk:
+        device = Blk(disk)
+        disk.write([memoryview(b"v" * 700)], 300)
+        disk.discard(8192, 4096)
+        state = json.loads(json.dumps(device.device_state()))
+        before = contents(disk)
+        disk.write([memoryview(b"w" * 9000)], 100)
+        for _ in range(2):
+            device.restore_device(state)
+            assert contents(disk) == before
+        assert disk.written == 2 * 4096
+        for key in ("present", "blocks"):
+            bad = {**state, "overlay": {**state["overlay"], key: "AAAA"}}
+            with pytest.raises(ValueError, match="overlay"):
+                device.restore_device(bad)
+        device.restore_device(state)
+        assert contents(disk) == before
+    assert image.read_bytes() == CONTENT
+    with open_raw(image) as plain, pytest.raises(ValueError, match="has none"):
+        Blk(plain).restore_device(state)
+
+
+def contents(disk: Disk) -> bytes:
+    data = bytearray(len(CONTENT))
+    disk.read([memoryview(data)], 0)
+    return bytes(data)
 
 
 # ---- failing hosts: more of them in test_disk_faults.py -----------------------------------------

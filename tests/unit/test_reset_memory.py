@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykvm._abi import ffi, lib
+from pykvm.devices.virtio.queue import Queue
 from pykvm.memory import GuestMemory
 from pykvm.snapshot import image as images
+from tests.support.vring_driver import WRITE, Driver
 
 PAGE = 4096
 PAGES = 130  # not a whole number of words
@@ -127,3 +129,22 @@ def test_runs_are_the_set_bits(bitmap: bytes) -> None:
     runs = list(images.runs(bitmap, pages))
     assert {first + n for first, length in runs for n in range(length)} == bits
     assert all(a[0] + a[1] < b[0] for a, b in pairwise(runs))
+
+
+def test_what_devices_write_is_noted() -> None:
+    with GuestMemory("1M") as memory:
+        ring = Driver(memory, 8, desc=0x1000, driver=0x2000, device=0x3000)
+        queue = Queue(0, 8, memory)
+        queue.set_size(8)
+        for part in ("desc", "driver", "device"):
+            queue.set_address(part, getattr(ring, part))
+        queue.enable()
+        pages = memory.track().of(memory.regions[0])
+        ring.send((0x50000, 100, 0), (0x40FF0, 32, WRITE))
+        pages.touched[0] = pages.touched[1] = 0
+        chain = queue.pop()
+        assert chain is not None and chain.write(b"x" * 32) == 32
+        assert pages.touched[1] == 0b11 and pages.touched[0] == 0
+        queue.push(chain, 32)
+        assert pages.exposed[0] == 1 << 3  # the used ring
+        assert not pages.exposed[1]

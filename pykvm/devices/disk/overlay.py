@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 BLOCK = 4096
 """What is copied up when a part of it is written."""
 
+MOST_KEPT = 256 << 20
+"""Bytes of a layer that go into a snapshot."""
+
 
 class OverlayDisk(Disk):
     """A copy-on-write layer over ``base``.
@@ -123,6 +126,65 @@ class OverlayDisk(Disk):
     def written(self) -> int:
         """Bytes in blocks that the layer has."""
         return self._present.count(1) * BLOCK
+
+    def layer_state(self) -> dict[str, str]:
+        """The layer as plain data: what was written, packed.
+
+        Raises:
+            ValueError: it is more than a snapshot keeps.
+        """
+        import zlib
+        from base64 import b64encode
+
+        if self.written > MOST_KEPT:
+            raise ValueError(
+                f"{self.path}: {self.written} bytes were written to the overlay, and at most"
+                f" {MOST_KEPT} are kept in a snapshot"
+            )
+        packer = zlib.compressobj(1)
+        packed = bytearray()
+        for start, size, above in self._runs(0, self.sectors * SECTOR):
+            for at in range(start, start + size if above else start, 1 << 20):
+                data = bytearray(min(1 << 20, start + size - at))
+                self._layer.read([memoryview(data)], at)
+                packed += packer.compress(data)
+        packed += packer.flush()
+        present = zlib.compress(bytes(self._present), 1)
+        return {"present": b64encode(present).decode(), "blocks": b64encode(packed).decode()}
+
+    def restore_layer(self, state: dict[str, str]) -> None:
+        """Take over what :meth:`layer_state` returned, of an overlay over the same image.
+
+        Raises:
+            ValueError: it is of another size.
+        """
+        import zlib
+
+        try:
+            self._restore_layer(state)
+        except zlib.error as error:
+            raise ValueError(f"{self.path}: the overlay's state is damaged: {error}") from error
+
+    def _restore_layer(self, state: dict[str, str]) -> None:
+        import zlib
+        from base64 import b64decode
+
+        whole = self.sectors * SECTOR
+        room = len(self._present)
+        present = zlib.decompressobj().decompress(b64decode(state["present"]), room + 1)
+        if len(present) != room or set(present) - {0, 1}:
+            raise ValueError(f"{self.path}: the overlay's state is of a disk of another size")
+        unpacker, packed = zlib.decompressobj(), b64decode(state["blocks"])
+        self._layer.write_zeroes(0, whole, True)
+        self._present[:] = present
+        for start, size, above in self._runs(0, whole):
+            for at in range(start, start + size if above else start, 1 << 20):
+                length = min(1 << 20, start + size - at)
+                data = unpacker.decompress(packed, length)
+                packed = unpacker.unconsumed_tail
+                if len(data) != length:
+                    raise ValueError(f"{self.path}: the overlay's state has not all its blocks")
+                self._layer.write([memoryview(data)], at)
 
     def refresh(self) -> bool:
         """Grow with the base. A base that shrank is left as it was seen first."""

@@ -11,6 +11,7 @@ import errno
 import struct
 from contextlib import nullcontext, suppress
 
+from pykvm.devices.disk.overlay import OverlayDisk
 from pykvm.devices.virtio import blk_request as req
 from pykvm.devices.virtio.blk_fast import FastPath
 from pykvm.devices.virtio.blk_request import Refused, Request
@@ -262,9 +263,14 @@ class Blk(VirtioDevice):
         Else the next flush would be another process's, which has nothing to flush.
         """
         disk = self.disk
-        with self._alone(), suppress(OSError):  # it is remembered, and goes along
-            disk.flush()
+        layer = None
+        with self._alone():
+            with suppress(OSError):  # it is remembered, and goes along
+                disk.flush()
+            if isinstance(disk, OverlayDisk):
+                layer = disk.layer_state()
         return {
+            "overlay": layer,
             "write_back": disk.write_back,
             "sectors": disk.sectors,
             "failed": disk.failed is not None,
@@ -277,7 +283,13 @@ class Blk(VirtioDevice):
                 f"the state is of a disk of {state['sectors']} sectors, and {self.disk.path} has"
                 f" {self.disk.sectors}"
             )
+        if state["overlay"] is not None and not isinstance(self.disk, OverlayDisk):
+            raise ValueError(
+                f"the state has what was written to an overlay, and {self.disk.path} has none"
+            )
         with self._alone():
+            if isinstance(self.disk, OverlayDisk) and state["overlay"] is not None:
+                self.disk.restore_layer(state["overlay"])
             self.disk.write_back = state["write_back"]
             if state["failed"]:
                 self.disk.failed = OSError(errno.EIO, "a flush failed before the state was taken")

@@ -190,6 +190,7 @@ class Queue:
         error = self._lib.pykvm_vring_enable(self.c)
         if error:
             raise self.breach(error)
+        self._table.expose(self.address("device"), 6 + 8 * self.size)  # the used ring (2.7.8)
 
     def disable(self) -> None:
         """Use it no more. What is in flight is stale: pushes of it do nothing."""
