@@ -75,6 +75,7 @@ class GuestMemory:
         "_ram",
         "_register",
         "_window",
+        "_words",
         "u8",
         "u16",
         "u32",
@@ -87,6 +88,7 @@ class GuestMemory:
         self._map = RegionMap()
         self._register: list[Callable[[Region], object]] = []
         self._ram: RamTable | None = None
+        self._words: list[Words] = []  # those that were used
         self._window = _NO_WINDOW
         self._octets = _NO_OCTETS
         if size is not None:
@@ -101,6 +103,7 @@ class GuestMemory:
 
         words = Words(self._map, width)
         setattr(self, name, words)
+        self._words.append(words)
         return words
 
     # ---- the map
@@ -240,7 +243,7 @@ class GuestMemory:
 
             self._map.writes = writes = HostWrites()
             self._octets = _NO_OCTETS
-            for words in (self.u8, self.u16, self.u32, self.u64):
+            for words in self._words:
                 words.forget()
             for piece in self._map.exposed:
                 writes.expose(*piece)
@@ -491,7 +494,7 @@ class GuestMemory:
         self._map.closed = True
         self._window, self._octets = _NO_WINDOW, _NO_OCTETS
         self._ram = None
-        for words in (self.u8, self.u16, self.u32, self.u64):
+        for words in self._words:
             words.forget()
         self._register.clear()
         for region in self._map.regions:
