@@ -65,7 +65,7 @@ def give(claims: Iterable[dict[str, Any]], buses: Iterable[Bus]) -> None:
             getattr(bus, claim["action"])(claim["first"], **options)
         except BusOverlapError:
             pass
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError, ArithmeticError, MemoryError) as error:
             raise SnapshotError(f"a claim that cannot be made: {claim}: {error!r}") from error
 
 

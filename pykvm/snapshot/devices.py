@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pykvm.errors import SnapshotError
+from pykvm.errors import GuestError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -72,7 +72,14 @@ def restore(devices: dict[str, Any], states: dict[str, Any]) -> None:
     for name, state in states.items():
         try:
             devices[name].restore(state)
-        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        except (
+            LookupError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            ArithmeticError,
+            GuestError,
+        ) as error:
             raise SnapshotError(
                 f"{type(devices[name]).__name__} at {name} does not take its state: {error!r}"
             ) from error

@@ -132,6 +132,28 @@ def test_what_is_damaged_or_newer_is_refused_with_the_reason(tmp_path: Path) -> 
     pykvm.Snapshot.load(tmp_path / "bad", verify=False).close()  # it was told not to look
 
 
+def test_nothing_is_left_behind(no_leak: None, tmp_path: Path) -> None:
+    with machine() as m, m.snapshot() as s:
+        s.save(tmp_path / "one")
+        m.memory.u8[0x300000] = 1
+        with m.snapshot() as more:
+            more.save(tmp_path / "two", base=s)
+        m.run(timeout=10)
+        s.restore()
+        list(m.fuzz(s, [b"x"] * 3, write_at=0x20000))
+        with s.fork() as fork:
+            fork.run(timeout=10)
+        m.dump(tmp_path / "core")
+        vmcore.machine(tmp_path / "core").close()
+    with pykvm.Snapshot.load(tmp_path / "two") as loaded, loaded.fork() as fork:
+        fork.run(timeout=10)
+        loaded.restore(fork)
+    (tmp_path / "one").write_bytes(b"damaged")
+    for name in ("one", "two"):
+        with pytest.raises(SnapshotError):
+            pykvm.Snapshot.load(tmp_path / name)
+
+
 def test_a_large_memory_costs_nothing_that_is_not_there(tmp_path: Path) -> None:
     with machine("2G") as m, m.snapshot() as s:
         s.save(tmp_path / "large")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,6 +13,8 @@ from pykvm.devices.virtio.queue import Queue
 from pykvm.memory import GuestMemory
 from pykvm.snapshot import image as images
 from tests.support.vring_driver import WRITE, Driver
+
+pytestmark = pytest.mark.sanitize
 
 PAGE = 4096
 PAGES = 130  # not a whole number of words
