@@ -37,20 +37,18 @@ def open_kvm(path: str) -> tuple[Kvm, Host]:
     Raises:
         CapabilityError: no usable KVM, with the remedy.
     """
-    try:
-        status = os.stat(path)
-    except OSError:
-        which = None  # Kvm() says what is wrong
-    else:  # KVM's module loaded anew, maybe with other options, is a new inode
-        which = status.st_dev, status.st_ino, status.st_ctime_ns
     known = _hosts.get(path)
-    if known is not None and known[0] == which:
-        return Kvm(path, like=known[1].kvm), known[1]
-    kvm = Kvm(path)
+    kvm = Kvm(path, like=None if known is None else known[1].kvm)
     try:
+        status = os.fstat(kvm.fd)  # KVM's module loaded anew, maybe with options, is a new inode
+        which = status.st_dev, status.st_ino, status.st_ctime_ns
+        if known is not None:
+            if known[0] == which:
+                return kvm, known[1]
+            kvm.close()
+            kvm = Kvm(path)
         host = Host(kvm)
-        if which is not None:
-            _hosts[path] = which, host
+        _hosts[path] = which, host
     except BaseException:
         kvm.close()
         raise

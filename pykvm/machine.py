@@ -82,6 +82,16 @@ class Machine(Debugging, SnapshotMethods, Closing):
     A machine belongs to the process that made it: after fork() its ioctls fail with EIO.
     """
 
+    # As it is until something happens; here, so that every new machine need not be told.
+    irqchip: KernelIrqchip | SplitIrqchip | None = None
+    pc: Pc | None = None
+    _background = None
+    _closed = False
+    _ending = None
+    _running = False
+    _symbols = None
+    _virtio: Attachments | None = None
+
     def __init__(
         self,
         memory: int | str | GuestMemory = "2M",
@@ -106,17 +116,9 @@ class Machine(Debugging, SnapshotMethods, Closing):
         self._slots: list[Handler] = []
         self._hooks: dict[int, Callable[[Any], object]] = {}
         self._msrs: dict[int, Callable[[Any], object]] = {}
-        self._closed = False
-        self.irqchip: KernelIrqchip | SplitIrqchip | None = None
         self._features = features
-        self._ending = None
-        self._running = False
-        self._background = None
-        self.pc: Pc | None = None
-        self._virtio: Attachments | None = None
         self._traces = []
         self._images = []
-        self._symbols = None
         lock = RLock()
         self.pio = Bus("pio", self._slots, self._doorbell, lock)
         self.mmio = Bus("mmio", self._slots, self._doorbell, lock)
