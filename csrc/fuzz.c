@@ -109,8 +109,8 @@ static int is_over(const struct pykvm_fuzz *fuzz, int64_t outcome)
     case PYKVM_TIMEOUT:
         return 1;
     case PYKVM_EXIT:
-        return !fuzz->hooked &&
-               (run->exit_reason == KVM_EXIT_HLT || run->exit_reason == KVM_EXIT_SHUTDOWN);
+        return (run->exit_reason == KVM_EXIT_HLT && !(fuzz->hooked & 1)) ||
+               (run->exit_reason == KVM_EXIT_SHUTDOWN && !(fuzz->hooked & 2));
     default:
         return 0;
     }

@@ -602,6 +602,9 @@ struct pykvm_reset {
     uint32_t mode;
     uint32_t failed;    /* index of the call that failed */
     int64_t result;     /* what it returned */
+    uint8_t **plants;   /* places in memory that hold `plant` whatever the images say: stops */
+    uint32_t plant_count;
+    uint32_t plant;
     uint64_t patience;  /* clean pages to look at for every page that would fault anew */
     uint64_t waste;     /* clean pages looked at since the log was cleared */
     uint64_t differing; /* pages that differed when they were last compared */
@@ -665,7 +668,7 @@ struct pykvm_fuzz {
     struct pykvm_range **stateful; /* those behind which C keeps something that an access changes */
     uint64_t stateful_hits;  /* of all of them, when the input began */
     uint32_t stateful_count;
-    uint32_t hooked;         /* HLT and shutdown are Python's too */
+    uint32_t hooked;         /* 1: HLT is Python's to judge; 2: a shutdown is */
     uint32_t rearm;          /* the timer has to be set anew */
     uint32_t calls;          /* so many of the reset's ioctls, the first, are made */
 };

@@ -186,6 +186,9 @@ int pykvm_reset(struct pykvm_reset *reset)
         reset->failed = reset->call_count;
         return error;
     }
+    for (uint32_t i = 0; i < reset->plant_count; i++)
+        if (*reset->plants[i] != reset->plant)
+            *reset->plants[i] = (uint8_t)reset->plant;
     for (uint32_t i = 0; i < reset->call_count; i++) {
         error = call(&reset->calls[i], &reset->result);
         if (error) {

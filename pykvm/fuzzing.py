@@ -12,16 +12,18 @@ from struct import Struct
 
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
+from pykvm.debug.planted import IN_AL_DX
 from pykvm.errors import BusyError, GuestMemoryError
 from pykvm.snapshot import devices as devices_of
 from pykvm.snapshots import plan_of
-from pykvm.vcpu_thread import NEVER, UNLIMITED, End
+from pykvm.vcpu_thread import NEVER, UNLIMITED
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
+    from pykvm.debug.coverage import Coverage
     from pykvm.machine import Machine
     from pykvm.snapshots import Snapshot
 
@@ -83,7 +85,7 @@ def fuzz(
     until: int | None = None,
     timeout: float | None = 1.0,
     max_exits: int | None = None,
-    coverage: tuple[int, int] | None = None,
+    coverage: tuple[int, int] | Coverage | None = None,
     known: bytearray | None = None,
     exact: bool = True,
     batch: int = BATCH,
@@ -100,8 +102,9 @@ def fuzz(
         until: a port; a write to it ends the run with reason ``"until"``.
         timeout: seconds for one input, or None.
         max_exits: exits for one input, or None.
-        coverage: ``(gpa, size)`` of bytes in which the guest counts where it was. A cell with a bit
-            that no input before had set is fresh.
+        coverage: ``(gpa, size)`` of bytes in which the guest counts where it was: a cell with a bit
+            that no input before had set is fresh. Or ``m.coverage(blocks)``, which is begun: a
+            block that was not reached before is; each costs one exit, once.
         known: the bits seen so far, to go on with; as long as the map.
         exact: put back all of the vCPU but the time, which runs on (with ``irqchip``, where timers
             depend on it, also the time). False: the general and segment registers and pending
@@ -140,7 +143,7 @@ class _Fuzzer:
         until: int | None,
         timeout: float | None,
         max_exits: int | None,
-        coverage: tuple[int, int] | None,
+        coverage: tuple[int, int] | Coverage | None,
         known: bytearray | None,
         exact: bool,
     ) -> None:
@@ -157,7 +160,10 @@ class _Fuzzer:
         c.to, c.slot, c.at = self._place(write_at, size)
         if length_at is not None:
             c.length_to, c.length_slot, c.length_at = self._place(length_at, 8)
-        if coverage is not None:
+        self._blocks = None if isinstance(coverage, tuple) else coverage
+        self._found: dict[int, int] = {}  # fresh blocks, by the input's number in its batch
+        self._plants: Any = None
+        if isinstance(coverage, tuple):
             gpa, length = coverage
             c.map, _, _ = self._place(gpa, length)
             known = bytearray(length) if known is None else known
@@ -168,9 +174,6 @@ class _Fuzzer:
         c.timeout = 0 if timeout is None else max(1, int(timeout * 1e9))
         c.exit_limit = UNLIMITED if max_exits is None else max_exits
         c.calls = plan.timeless if exact else 0
-        c.hooked = any(
-            reason in machine._hooks for reason in (lib.KVM_EXIT_HLT, lib.KVM_EXIT_SHUTDOWN)
-        )
 
     def _place(self, gpa: int, size: int) -> tuple[Any, Any, int]:
         """Host address, slot and offset of a stretch of memory."""
@@ -224,6 +227,11 @@ class _Fuzzer:
         ]
         ranges = ffi.new("struct pykvm_range *[]", stateful)
         c.stateful, c.stateful_count = ranges, len(stateful)
+        c.hooked = lib.KVM_EXIT_HLT in machine._hooks
+        if lib.KVM_EXIT_SHUTDOWN in machine._hooks or self._planted():
+            c.hooked |= 2  # without an IDT, a planted stop in ring 3 is one
+        self._plant()
+        self._found.clear()
         self._plan.before()
         reasons_of: dict[int, tuple[str, int | None]] = {}
         loop = runner.c
@@ -250,6 +258,7 @@ class _Fuzzer:
             machine._ending = None
             if claim is not None:
                 claim.release()
+            self._plan.c.plant_count = 0
             for cpu, (entered, ended) in zip(machine.cpus, self._snapshot.cpus, strict=True):
                 cpu.put_back(entered, ended)
             if c.running:  # a handler raised, or somebody stopped it
@@ -257,7 +266,7 @@ class _Fuzzer:
                 self._snapshot.restore(machine)
         records = _RECORD.iter_unpack(ffi.buffer(keep[2], c.next * _RECORD.size))
         return [
-            self._outcome(data, record, reasons_of.get(at) if reasons_of else None)
+            self._outcome(data, record, reasons_of.get(at), self._found.get(at, 0))
             for at, (data, record) in enumerate(zip(inputs, records, strict=False))
         ]
 
@@ -279,6 +288,7 @@ class _Fuzzer:
     def _serve(self, outcome: int, reasons_of: dict[int, tuple[str, int | None]]) -> None:
         """From here on Python runs this input to its end, as it may have changed devices."""
         machine, runner, c = self._machine, self._runner, self.c
+        reached = len(self._blocks.hit) if self._blocks is not None else 0
         if outcome == lib.PYKVM_ACCESS:
             runner.c.access.pending = lib.PYKVM_RETRY  # have it handed out again, to its handler
             outcome = _cpython.run(runner.address, machine._slots, None)
@@ -288,11 +298,30 @@ class _Fuzzer:
             end, machine._ending = machine._ending, None
             if end.reason == reasons.STOPPED:
                 self._over = True
-        reasons_of[c.next] = end.reason, _code(end)
+        reasons_of[c.next] = end.reason, end.code
+        if self._blocks is not None and len(self._blocks.hit) > reached:
+            self._found[c.next] = len(self._blocks.hit) - reached
+            self._plant()
         failed = lib.pykvm_fuzz_end(c, outcome)
         if failed:
             self._again(failed)
         devices_of.restore(self._devices, self._snapshot.devices)
+
+    def _planted(self) -> Iterable[tuple[int, int]]:
+        debugger = self._machine._debugger
+        return () if debugger is None else debugger.planted
+
+    def _plant(self) -> None:
+        """Stops planted in memory are no part of the snapshot: C plants them after each reset."""
+        c, memory = self._plan.c, self._machine.memory
+        places = []
+        for gpa, _ in self._planted():
+            region = memory.region_at(gpa)
+            places.append(
+                ffi.cast("uint8_t *", region.userspace_addr + gpa - region.guest_phys_addr)
+            )
+        self._plants = ffi.new("uint8_t *[]", places)
+        c.plants, c.plant_count, c.plant = self._plants, len(places), IN_AL_DX
 
     def _again(self, error: int) -> None:
         """A reset failed: with an access still open, have it completed with care."""
@@ -307,7 +336,11 @@ class _Fuzzer:
             self._plan.fail(error)
 
     def _outcome(
-        self, data: bytes, record: tuple[int, ...], known: tuple[str, int | None] | None
+        self,
+        data: bytes,
+        record: tuple[int, ...],
+        known: tuple[str, int | None] | None,
+        found: int,
     ) -> Outcome:
         outcome, rip, exits, value, place, exit_reason, fresh = record
         reason, code = "", None
@@ -323,7 +356,7 @@ class _Fuzzer:
             reason = UNTIL if place == self._until else self._tag(place)
         else:
             reason = _OUTCOMES[outcome]
-        return Outcome(data, reason, code, rip, exits, fresh, address)
+        return Outcome(data, reason, code, rip, exits, fresh + found, address)
 
     def _tag(self, address: int) -> str:
         for bus in (self._machine.pio, self._machine.mmio):
@@ -331,10 +364,6 @@ class _Fuzzer:
             if claim is not None and claim.tag:
                 return claim.tag
         return reasons.STOPPED
-
-
-def _code(end: End) -> int | None:
-    return end.code
 
 
 _RECORD = Struct("<qQQQQII")

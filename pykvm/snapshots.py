@@ -121,6 +121,8 @@ class Snapshot:
                 if not plan.run():
                     raise SnapshotError("a vCPU does not come to the end of its instruction")
             self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
+            if machine._debugger is not None:
+                machine._debugger.planted.put_back()
 
     def finish(self, machine: Machine, devices: dict[str, Any]) -> None:
         """After KVM's part: devices, and what Python remembers."""
@@ -330,7 +332,7 @@ def take(machine: Machine) -> Snapshot:
             devices,
             claims_of.capture((machine.pio, machine.mmio)),
             [(cpu.entered, cpu.ended) for cpu in machine.cpus],
-            images.capture(machine.memory),
+            _memory(machine),
             is_pc=machine.pc is not None,
         )
     snapshot._machine = machine
@@ -339,6 +341,14 @@ def take(machine: Machine) -> Snapshot:
     if machine.pc is not None:
         snapshot.boot_plan = machine.pc.plan
     return snapshot
+
+
+def _memory(machine: Machine) -> Image:
+    """An image without the stops that a debugger has planted."""
+    if machine._debugger is None:
+        return images.capture(machine.memory)
+    with machine._debugger.planted.lifted():
+        return images.capture(machine.memory)
 
 
 def plan_of(machine: Machine, snapshot: Snapshot) -> Plan:

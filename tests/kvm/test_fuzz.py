@@ -219,3 +219,41 @@ def test_the_planted_bug_is_found_within_a_bounded_number_of_runs() -> None:
         found = outcome.input
     assert found[:4] == b"KVM\x27" and (found[4] + found[5]) & 0xFF == 0xA5
     assert found[6:7] == b"!"
+
+
+def blocks_of_magic(m: pykvm.Machine) -> list[int]:
+    """Where each block begins: at its INC of a cell, FE 04 25 and the cell's address."""
+    code = bytes(m.memory[ENTRY : ENTRY + 0x200])
+    found = []
+    for number in range(9):
+        found.append(ENTRY + code.index(b"\xfe\x04\x25" + (CELLS + number).to_bytes(4, "little")))
+    return found
+
+
+def test_blocks_reached_are_seen_by_planted_stops_as_well() -> None:
+    guest = guestlib.find("magic")
+    with pykvm.Machine(guest.memory) as m:
+        m.pio.ignore(0xE9)
+        m.debug_exit()
+        guest.prepare(m)
+        places = blocks_of_magic(m)
+        first, second = b"KVxxxxxx", b"KVM\x27xxxx"
+        with m.snapshot() as s:
+            before = bytes(m.memory[ENTRY : ENTRY + 0x200])
+            with m.coverage(places) as covered:
+                outcomes = list(
+                    m.fuzz(
+                        s,
+                        [b"short", first, first, second, b"short"],
+                        write_at=INPUT,
+                        length_at=LENGTH,
+                        coverage=covered,
+                    )
+                )
+                assert [outcome.reason for outcome in outcomes] == [reasons.DEBUG_EXIT] * 5
+                # Blocks 0 and 1; 2, 3 and 4; nothing new; 5 and 6; nothing new.
+                assert [outcome.fresh for outcome in outcomes] == [2, 3, 0, 2, 0]
+                assert list(covered.hit) == places[:7]
+                with m.snapshot() as now:  # planted stops are no part of a snapshot
+                    assert not s.diff(now)
+            assert bytes(m.memory[ENTRY : ENTRY + 0x200]) == before
