@@ -131,6 +131,8 @@ class Snapshot:
             cpu.put_back(entered, ended)
         devices_of.restore(devices, self.devices)
         devices_of.resume(devices)
+        if machine._debugger is not None:
+            machine._debugger.restored()
 
     def fork(self, setup: Setup | None = None) -> Machine:
         """Make another machine of it, which shares every page of memory until it writes it.
@@ -313,7 +315,7 @@ class Snapshot:
 def take(machine: Machine) -> Snapshot:
     """See ``Machine.snapshot``."""
     _check(machine)
-    with _quiet(machine):
+    with _quiet(machine), _unplanted(machine):
         for runner, cpu in zip(machine._runners, machine.cpus, strict=True):
             runner.complete()
             cpu.flush()
@@ -376,6 +378,16 @@ def _check(machine: Machine) -> None:
         raise ClosedError("this machine is closed")
     if machine.running:
         raise BusyError("a vCPU of this machine is running: stop() it first")
+
+
+@contextmanager
+def _unplanted(machine: Machine) -> Iterator[None]:
+    """Memory without the stops that a debugger has planted in it."""
+    if machine._debugger is None:
+        yield
+        return
+    with machine._debugger.planted.lifted():
+        yield
 
 
 @contextmanager

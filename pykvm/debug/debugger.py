@@ -183,6 +183,11 @@ class Debugger(Stepping):
             return True
         return bool(self.planted) and self.gpa(cpu, address) in self.planted
 
+    def restored(self) -> None:
+        """Memory and vCPUs were put back from a snapshot, in which nothing is planted."""
+        self._stood.clear()
+        self.planted.put_back()
+
     # ---- called while a run is on, in the vCPU's thread ------------------------------------------
 
     def struck(self, index: int) -> Stop | None:
@@ -230,7 +235,10 @@ class Debugger(Stepping):
             if 0 <= number < len(watched):
                 return Stop(WATCHPOINT, index, address, watched[number])
         look = self._looks.get(index)
-        return None if look is None else self._stepped(cpu, look)
+        if look is None:
+            return None
+        cpu._runner.c.exit_limit = cpu._runner.c.exits + 1  # a step is no exit to be served
+        return self._stepped(cpu, look)
 
     def _shutdown(self, cpu: Cpu) -> Any:
         """Whether a guest without an IDT fell over a planted stop: IN is not permitted to it."""

@@ -119,6 +119,8 @@ def record(
     """See ``Machine.instructions``; ``stepping(look)`` runs by single steps."""
     recorder = Recorder(debugger, cpu, limit)
     result = stepping(recorder)
+    if result.reason in ("stopped", "debug-exit"):
+        cpu._runner.complete()  # the write to the port that ended it
     unfinished = result.reason in (STEP, "timeout", "breakpoint", "interrupted")
     if not unfinished and debugger.address(cpu) != recorder._next.address:
         recorder.note(cpu)  # a HLT or a write to a stop port: it is complete, and no step

@@ -65,7 +65,7 @@ class Planted:
         users = self._users.get(gpa, 0)
         if not users:
             original = self._memory[gpa]
-            self._memory.load(gpa, bytes([IN_AL_DX]))
+            self._poke(gpa, IN_AL_DX)
             self._originals[gpa] = original
             self._lifted.discard(gpa)
             self._mark(gpa, 1)
@@ -81,7 +81,7 @@ class Planted:
             original = self._originals.pop(gpa)
             self._mark(gpa, -1)
             if self._memory[gpa] == IN_AL_DX:  # else the guest has written its code anew
-                self._memory.load(gpa, bytes([original]))
+                self._poke(gpa, original)
 
     def clear(self) -> None:
         """Take all of them away."""
@@ -97,7 +97,7 @@ class Planted:
         """Write the guest's own bytes; what it has written itself meanwhile is taken for those."""
         for gpa in list(self._originals) if gpas is None else gpas:
             if gpa in self._originals and self._memory[gpa] == IN_AL_DX:
-                self._memory.load(gpa, bytes([self._originals[gpa]]))
+                self._poke(gpa, self._originals[gpa])
             self._lifted.add(gpa)
 
     def put_back(self, gpas: Iterable[int] | None = None) -> None:
@@ -111,7 +111,7 @@ class Planted:
                 now = self._memory[gpa]
                 if now != IN_AL_DX:
                     self._originals[gpa] = now
-                    self._memory.load(gpa, bytes([IN_AL_DX]))
+                    self._poke(gpa, IN_AL_DX)
 
     def hide(self, gpa: int, data: bytes) -> bytes:
         """``data``, which was read at ``gpa``, with the guest's own bytes in it."""
@@ -127,7 +127,13 @@ class Planted:
         for at in self._originals:
             if gpa <= at < gpa + len(data):
                 self._originals[at] = data[at - gpa]
-                self._memory.load(at, bytes([IN_AL_DX]))
+                self._poke(at, IN_AL_DX)
+
+    def _poke(self, gpa: int, byte: int) -> None:
+        """Write a byte, also of ROM, past what keeps account of writes: it is not the guest's."""
+        region = self._memory.region_at(gpa)
+        at = region.userspace_addr + gpa - region.guest_phys_addr
+        ffi.cast("uint8_t *", at)[0] = byte
 
     def _mark(self, gpa: int, step: int) -> None:
         """Count the stops at an offset, and tell C which offsets have one."""

@@ -24,10 +24,8 @@ PORT = "port"
 """IN AL,DX in the code, one byte as INT3 is: it exits wherever ports do."""
 STEP = "step"
 """KVM_GUESTDBG_SINGLESTEP."""
-STEP_OUT = "step-out"
-"""A single step over OUT: where KVM emulates that, it makes another step before it stops."""
 
-WAYS = (HARDWARE, WATCH, SOFTWARE, PORT, STEP, STEP_OUT)
+WAYS = (HARDWARE, WATCH, SOFTWARE, PORT, STEP)
 
 MODES = ("real16", "prot32", "prot32/3", "long64", "long64/3")
 """Processor modes, with the ring behind the slash where it is not 0."""
@@ -35,7 +33,7 @@ MODES = ("real16", "prot32", "prot32/3", "long64", "long64/3")
 INT3 = 0xCC
 IN_AL_DX = 0xEC
 
-_ENTRY, _CELL, _END_PORT, _OTHER_PORT = 0x8000, 0x20000 - 0x1000, 0xE9, 0x80
+_ENTRY, _CELL, _END_PORT = 0x8000, 0x20000 - 0x1000, 0xE9
 _TARGET = _ENTRY + 1
 _SECONDS = 2.0
 _STORES = {
@@ -178,15 +176,7 @@ def _step(m: Any) -> str:
     return _ends_well(m)
 
 
-def _step_out(m: Any) -> str:
-    m.mem[_ENTRY : _ENTRY + 4] = b"\xe6" + bytes([_OTHER_PORT]) + b"\x90\x90"
-    m.pio.ignore(_OTHER_PORT)
-    _debug(m, kvm.KVM_GUESTDBG_SINGLESTEP)
-    return _stops_at(m, "debug", _ENTRY + 2)
-
-
 _TRIES = {
-    STEP_OUT: _step_out,
     HARDWARE: _hardware,
     WATCH: _watch,
     SOFTWARE: _software,

@@ -127,19 +127,23 @@ class Stepping:
                 return end
 
     def _single_step(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
+        """KVM's single steps, until ``look`` gives a Stop after one or something else ends them.
+
+        KVM loses a step that goes through user space: one over a write to a device or a port that
+        it emulates, and every one whose handler sets registers (kvm_set_rflags() keeps TF only
+        where it was set). So such an exit is served and the guest not entered again.
+        """
         index = cpu.index
         self._looks[index] = look
         self._before[index] = self.address(cpu)
-        overshoots = bool(self.obstacle(probe.STEP_OUT, cpu))
         try:
-            self._arm(cpu, step=True)
             while True:
-                _, end = go([cpu], deadline, 1 if overshoots else None)
-                if not overshoots or end.reason != LIMIT:
+                self._arm(cpu, step=True)
+                _, end = go([cpu], deadline, 1)
+                if end.reason != LIMIT:
                     return end
-                # An exit was served, and the guest not entered again. If RIP has moved, the
-                # instruction is complete but for what KVM does before it enters the guest.
                 if self.address(cpu) != self._before[index]:
+                    # Complete, but for what KVM does before it enters the guest.
                     cpu._runner.complete()
                     stop = self._stepped(cpu, look)
                     if stop is not None:
@@ -239,7 +243,7 @@ class Stepping:
         return int(kvm.KVM_GUESTDBG_BLOCKIRQ & offered)
 
     def _stepped(self, cpu: Cpu, look: Look) -> Stop | None:
-        """After one of KVM's single steps: the Stop, if it is to end there."""
+        """After a single step: the Stop, if it is to end there."""
         address, before = self.address(cpu), self._before[cpu.index]
         self._before[cpu.index] = address
         # A KVM that emulates the instruction tells of the step, and no longer of the halt.

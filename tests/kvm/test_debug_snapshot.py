@@ -1,0 +1,94 @@
+"""Stops and snapshots: what is planted is no part of the guest, and stays where it is wanted."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.support.stops import CELL, COUNT, ENTRY, machine
+
+
+def test_a_snapshot_has_the_guests_own_code_and_breakpoints_outlive_a_restore() -> None:
+    with machine() as m:
+        code = m.mem.read(ENTRY, 64)
+        before = m.breakpoint("top")
+        s = m.snapshot()
+        after = m.breakpoint("bottom")
+        seen = []
+        for _ in range(3):
+            for _ in range(2):
+                result = m.run(timeout=20)
+                seen.append((result.exit.point, m.cpu.ebx, m.mem[CELL]))
+            s.restore()
+        assert seen == [(before, 0, 0), (after, 1, 1)] * 3
+        with s.fork() as other:
+            assert other.mem.read(ENTRY, 64) == code
+        m.planted.clear()
+        assert m.mem.read(ENTRY, 64) == code
+
+
+def test_snapshots_with_and_without_stops_are_the_same() -> None:
+    with machine(COUNT) as m:
+        plain = m.snapshot()
+        m.breakpoint("top")
+        assert not m.snapshot().diff(plain).pages
+
+
+def test_a_breakpoint_where_the_snapshot_was_taken_stops_again_after_every_restore() -> None:
+    with machine() as m:
+        m.breakpoint("top")
+        assert m.run(timeout=20).reason == "breakpoint"
+        s = m.snapshot()
+        for _ in range(3):
+            assert m.run(timeout=20).reason == "breakpoint"
+            s.restore()
+        assert m.cpu.ecx == 3
+
+
+def test_coverage_goes_on_over_restores_and_counts_a_block_once() -> None:
+    with machine() as m:
+        s = m.snapshot()
+        with m.coverage([m.resolve("top"), m.resolve("bottom")]) as covered:
+            for _ in range(3):
+                assert m.run(timeout=20).reason == "stopped"
+                s.restore()
+        assert len(covered.hit) == 2
+        assert not m.snapshot().diff(s).pages
+
+
+LOCK = """
+    cmp byte ptr [0x9000], 'k'
+    jne out
+second:
+    cmp byte ptr [0x9001], 'v'
+    jne out
+third:
+    cmp byte ptr [0x9002], 'm'
+    jne out
+open:
+    ud2
+out:
+    mov al, 1
+    out 0xf4, al
+"""
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+def test_fuzzing_finds_its_way_by_the_blocks_that_inputs_reach(batch: int) -> None:
+    with machine(LOCK) as m:
+        s = m.snapshot()
+        names = ["second", "third", "open"]
+        with m.coverage([m.resolve(name) for name in names]) as covered:
+            found, good = b"", []
+            for place in range(3):
+                inputs = [found + bytes([byte]) for byte in range(ord("a"), ord("z") + 1)]
+                before = len(covered.hit)
+                for outcome in m.fuzz(s, inputs, write_at=CELL, batch=batch):
+                    if len(covered.hit) > before:
+                        good.append(outcome)
+                        before = len(covered.hit)
+                # Of a larger batch all that is known is that the input was in it.
+                found = good[place].input if batch == 1 else b"kvm"[: place + 1]
+        assert [m.symbols.name(address) for address in covered.hit] == names
+        if batch == 1:
+            assert found == b"kvm" and good[-1].reason == "shutdown"
+        assert not m.snapshot().diff(s).pages

@@ -1,0 +1,67 @@
+"""The programs in the documents run, and say what the documents say."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pykvm.debug import probe
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+
+def programs(name: str) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", (DOCS / name).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(tmp_path)
+
+    def execute(program: str) -> str:
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            exec(compile(program, "the document", "exec"), {})
+        return out.getvalue()
+
+    return execute
+
+
+def test_tracing(run: Any, tmp_path: Path) -> None:
+    (program,) = programs("tracing.md")
+    text = run(program)
+    assert "601 exits" in text and "io 0xe9 out" in text
+    assert (tmp_path / "timeline.svg").read_text().startswith("<svg")
+
+
+def test_debugging(run: Any) -> None:
+    program, _ = programs("debugging.md")
+    lines = run(program).splitlines()
+    assert lines[0] == "144"
+    assert lines[1] == "<breakpoint at 0x8005, cpu 0>"
+    assert lines[2] == "step 2"
+    assert "02 00 00 00" in lines[3] or "00 00 00 00" in lines[3] or lines[3].startswith("<watch")
+    assert lines[4] == "step"
+    assert lines[5].startswith("debug-exit")
+
+
+def test_what_was_executed(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("capstone")
+    pytest.importorskip("unicorn")
+    _, program = programs("debugging.md")
+    text = run(program)
+    assert "start:" in text and "mov ecx, 3" in text
+    assert re.search(r"<Coverage (\d+) of \1 blocks>", text), text
+    assert re.search(r"<Comparison: \d+ steps the same>", text), text
+    assert (tmp_path / "guest.drcov").stat().st_size > 100
+
+
+def test_the_table_of_ways_names_all_of_them() -> None:
+    told = re.findall(r"^\| `([a-z-]+)` \|", (DOCS / "debugging.md").read_text(), re.MULTILINE)
+    assert told == ["port", "hardware", "watch", "software", "step"]
+    assert set(told) == set(probe.WAYS)
