@@ -233,8 +233,6 @@ class _Fuzzer:
         self._plant()
         self._found.clear()
         self._plan.before()
-        if machine._debugger is not None:  # what is planted is no part of the snapshot
-            machine._debugger.restored()
         reasons_of: dict[int, tuple[str, int | None]] = {}
         loop = runner.c
         machine._running = True

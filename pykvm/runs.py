@@ -196,7 +196,9 @@ class Runs(Hooks):
                 for runner in self._runners:
                     runner.forget_stop()
             ending, self._ending = self._ending, None
-        if end.reason == reasons.STOPPED and ending is not None:
+        # A debugger makes one run of several: a stop that came at the end of one is for them all.
+        partial = self._debugger is not None and end.reason in (reasons.LIMIT, _AGAIN)
+        if ending is not None and (end.reason == reasons.STOPPED or partial):
             end = ending
         if end.reason in _FATAL:
             cpu.ended = end.reason
@@ -257,6 +259,7 @@ class Runs(Hooks):
             runner.forget_stop()
 
 
+_AGAIN = "again"  # pykvm.debug.stops.AGAIN: only a debugger's runs end so
 _FATAL = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
 _DOUBTFUL = (*_FATAL, reasons.TIMEOUT, reasons.UNSUPPORTED)
 """How a stock kernel ends on a KVM that cannot run it."""

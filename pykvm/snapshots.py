@@ -122,7 +122,7 @@ class Snapshot:
                     raise SnapshotError("a vCPU does not come to the end of its instruction")
             self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
             if machine._debugger is not None:
-                machine._debugger.planted.put_back()
+                machine._debugger.restored()
 
     def finish(self, machine: Machine, devices: dict[str, Any]) -> None:
         """After KVM's part: devices, and what Python remembers."""
@@ -131,8 +131,6 @@ class Snapshot:
             cpu.put_back(entered, ended)
         devices_of.restore(devices, self.devices)
         devices_of.resume(devices)
-        if machine._debugger is not None:
-            machine._debugger.restored()
 
     def fork(self, setup: Setup | None = None) -> Machine:
         """Make another machine of it, which shares every page of memory until it writes it.
@@ -315,7 +313,7 @@ class Snapshot:
 def take(machine: Machine) -> Snapshot:
     """See ``Machine.snapshot``."""
     _check(machine)
-    with _quiet(machine), _unplanted(machine):
+    with _quiet(machine):
         for runner, cpu in zip(machine._runners, machine.cpus, strict=True):
             runner.complete()
             cpu.flush()
@@ -378,16 +376,6 @@ def _check(machine: Machine) -> None:
         raise ClosedError("this machine is closed")
     if machine.running:
         raise BusyError("a vCPU of this machine is running: stop() it first")
-
-
-@contextmanager
-def _unplanted(machine: Machine) -> Iterator[None]:
-    """Memory without the stops that a debugger has planted in it."""
-    if machine._debugger is None:
-        yield
-        return
-    with machine._debugger.planted.lifted():
-        yield
 
 
 @contextmanager

@@ -123,6 +123,11 @@ class Runner:
         """Take a stop back that came too late for the run it was meant for."""
         self.c.stop = 0  # immediate_exit may stay: without `stop` it only makes KVM_RUN look again
 
+    def forget_reservation(self) -> None:
+        """The thread that it was reserved for is here, and will look at it before it runs."""
+        if self.owner == RESERVED:
+            self.owner = 0
+
     def give_back(self) -> None:
         """Have the next run hand out again what this one handed out and nobody looked at."""
         access = self.c.access

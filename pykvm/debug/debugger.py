@@ -144,6 +144,8 @@ class Debugger(Stepping):
 
     def run(self, cpus: list[Cpu], deadline: int, max_exits: int | None, go: Go) -> tuple[Cpu, Any]:
         """Run the vCPUs until something ends that; ``go`` is how a machine runs undebugged."""
+        for cpu in cpus:
+            cpu._runner.forget_reservation()  # of start(): it is ours now, between runs too
         if self._steps is not None:
             cpu, look = self._steps
             return self._told(cpu, self._walk(cpu, deadline, look, go))

@@ -167,6 +167,28 @@ def test_a_breakpoint_once_is_gone_afterwards_and_so_is_a_deleted_one(
     assert len(m.planted) == 0
 
 
+def test_a_run_in_the_background_is_stopped_at_a_breakpoint_too(made: list[pykvm.Machine]) -> None:
+    m = make(made)
+    need_steps(m)
+    point = m.breakpoint("top", lambda cpu: cpu.ecx < 3)
+    for count in (2, 1):
+        with m.start(timeout=20) as running:
+            result = running.wait(20)
+        assert (result.reason, result.exit.point) == ("breakpoint", point)
+        assert m.cpu.ecx == count
+
+
+def test_stop_ends_a_run_that_is_stepped(made: list[pykvm.Machine]) -> None:
+    m = make(made, "l: inc ebx; jmp l")
+    need_steps(m)
+    m.watch(CELL)
+    for _ in range(5):
+        with m.start(timeout=60) as running:
+            while m.cpu._runner.c.exits < 10:
+                pass
+            assert running.stop("enough").reason == "enough"
+
+
 def test_each_of_several_vcpus_is_stopped_and_goes_on(made: list[pykvm.Machine]) -> None:
     m = make(made, "inc ebx; top: inc ebx; inc ebx; hlt", cpus=2)
     need_steps(m)
