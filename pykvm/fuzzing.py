@@ -301,7 +301,9 @@ class _Fuzzer:
         reasons_of[c.next] = end.reason, end.code
         if self._blocks is not None and len(self._blocks.hit) > reached:
             self._found[c.next] = len(self._blocks.hit) - reached
-            self._plant()
+        debugger = machine._debugger
+        if debugger is not None and len(debugger.planted) != self._plan.c.plant_count:
+            self._plant()  # one was hit, and is gone
         failed = lib.pykvm_fuzz_end(c, outcome)
         if failed:
             self._again(failed)
