@@ -40,7 +40,7 @@ MACHINES = {
 }
 """QEMU's machines, and how its disk is attached."""
 
-WORK = {"random": 100, "sequential": 20, "flushed": 50}
+WORK = {"random": 200, "sequential": 20, "flushed": 50}
 """What a guest does, and how often in a sample."""
 RANDOM_MICROVM, RANDOM_Q35, OTHERS = 0.35, 1.0, 1.0
 """Goals, as ratios of times."""
