@@ -11,7 +11,6 @@
 
 #include <errno.h>
 #include <pthread.h>
-#include <string.h>
 #include <sys/epoll.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -136,6 +135,11 @@ static int flush(struct pykvm_blk *blk)
     return S_OK;
 }
 
+/* The header may lie at an odd address. */
+struct anywhere {
+    uint64_t word;
+} __attribute__((packed, may_alias));
+
 /* Serve what was popped: 0 and how many bytes were written, or -1: it is Python's. */
 static int serve_one(struct pykvm_blk *blk, struct pykvm_blk_queue *queue, uint32_t *written)
 {
@@ -143,27 +147,24 @@ static int serve_one(struct pykvm_blk *blk, struct pykvm_blk_queue *queue, uint3
     const struct pykvm_segment *segments = chain->segments;
     const struct pykvm_ram_map *map = __atomic_load_n(&queue->ring->ram->map, __ATOMIC_ACQUIRE);
     struct iovec *iov = (struct iovec *)blk->vectors;
-    struct {
-        uint32_t type, reserved;
-        uint64_t sector;
-    } header;
-
     if (!chain->readable || chain->readable == chain->count || segments[0].length != HEADER)
         return -1;
     const struct pykvm_segment *last = &segments[chain->count - 1];
     uint8_t *from = host(map, &segments[0]), *status = host(map, last);
     if (!from || !status)
         return -1;
-    memcpy(&header, from, sizeof header);
+    const volatile struct anywhere *words = (struct anywhere *)from; /* volatile: one load each */
+    uint32_t type = (uint32_t)words[0].word;
+    uint64_t sector = words[1].word;
 
-    int is_write = header.type == T_OUT, result;
+    int is_write = type == T_OUT, result;
     uint64_t length = 0;
-    if (header.type == T_FLUSH) {
+    if (type == T_FLUSH) {
         result = flush(blk);
-    } else if (header.type == T_IN || (is_write && blk->can_write)) {
+    } else if (type == T_IN || (is_write && blk->can_write)) {
         length = is_write ? chain->read_bytes - HEADER : chain->write_bytes - 1;
-        uint64_t offset = header.sector * SECTOR;
-        if (header.sector > blk->bytes / SECTOR || length > blk->bytes - offset ||
+        uint64_t offset = sector * SECTOR;
+        if (sector > blk->bytes / SECTOR || length > blk->bytes - offset ||
             length > MAX_TRANSFER || (offset | length) % blk->block)
             return -1;
         int count = is_write ? vectors(map, segments + 1, chain->readable - 1, 0, iov)

@@ -313,3 +313,28 @@ def test_several_drivers_of_one_lock_do_not_hang(disk: Disk) -> None:
         fast.pause()
     fast.resume()
     assert isinstance(disk.driver, Driver)
+
+
+def test_a_chain_in_hand_is_done_before_a_state_is_taken(disk: Disk) -> None:
+    fast = disk.device.fast
+    assert fast is not None
+    memory, driver = disk.guest.memory, disk.driver
+    memory.write(HEADER, pack("<IIQ", GET_ID, 0, 0))
+    driver.send((HEADER, 16, 0), (DATA, 20, WRITE), (STATUS, 1, WRITE))
+    assert lib.pykvm_blk_serve(fast.c, 0) == lib.PYKVM_BLK_PYTHON
+    assert lib.pykvm_blk_serve(fast.c, 0) == lib.PYKVM_BLK_PYTHON  # and nothing else before it
+    assert disk.device.queues[0].in_flight == 1
+    state = disk.device.state()
+    assert driver.used() == [(0, 21)] and memory.read(DATA, 2) == b"S1"
+    disk.device.restore(state)
+    assert disk.request(IN, 1, 512)[0] == 0 and served_in_c(disk) == 1
+
+
+def test_a_chain_in_hand_goes_with_a_reset(disk: Disk) -> None:
+    fast = disk.device.fast
+    assert fast is not None
+    disk.driver.send((HEADER, 16, 0))  # no byte for the status
+    assert lib.pykvm_blk_serve(fast.c, 0) == lib.PYKVM_BLK_PYTHON
+    (disk.driver,) = disk.guest.start(FEATURES, size=16)
+    assert not disk.device.broken
+    assert disk.request(IN, 1, 512)[0] == 0 and served_in_c(disk) == 1

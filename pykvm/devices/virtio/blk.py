@@ -295,6 +295,8 @@ class Blk(VirtioDevice):
                 self.disk.failed = OSError(errno.EIO, "a flush failed before the state was taken")
         if self.fast is not None and self.activated:
             self.fast.start()
+        elif self.fast is not None:
+            self.fast.stop()
 
     def close(self) -> None:
         """Leave the transport and close the image. Idempotent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pykvm._abi import ffi, lib
 from pykvm.devices.virtio.counters import BUCKETS
+from pykvm.errors import GuestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,9 +96,13 @@ class FastPath:
                 queue.handed = queue.wants_interrupt = 0
 
     def drain(self) -> None:
-        """Wait for what is being served."""
+        """Wait for what is being served, and serve what was handed over."""
         with self:
-            pass
+            for index in range(len(self._queues)):
+                try:
+                    self._take(index)
+                except GuestError as error:
+                    self._device.needs_reset(str(error))
 
     def serve(self, index: int) -> bool:
         """Serve a queue, at most its size in requests that Python has to do; True if more wait.
@@ -117,10 +122,17 @@ class FastPath:
             if not c.handed:
                 return bool(result == lib.PYKVM_BLK_MORE)
             with self:
-                chain = queue.taken()
-                c.handed = 0
-                device.complete(queue, chain, device._one(queue, chain))
+                self._take(index)
         return True
+
+    def _take(self, index: int) -> None:
+        """Serve what C has handed over, if it has; the lock is held."""
+        device = self._device
+        queue, c = device.queues[index], self._queues[index]
+        if c.handed:
+            c.handed = 0
+            chain = queue.taken()
+            device.complete(queue, chain, device._one(queue, chain))
 
     # ---- the I/O thread's wait -----------------------------------------------------------------
 
