@@ -206,15 +206,16 @@ static void count_one(struct pykvm_blk *blk, const struct pykvm_chain *chain, ui
 
 /* ---- a queue ---------------------------------------------------------------------------------- */
 
+/* What a doorbell has done: at most as many requests as the queue has entries, `left` of them. */
 static int serve(struct pykvm_blk *blk, struct pykvm_blk_queue *queue)
 {
-    int result = PYKVM_BLK_MORE, pushed = 0;
+    int result = PYKVM_BLK_MORE;
 
     if (!blk->active)
         return PYKVM_BLK_DONE;
     if (queue->handed)
         return PYKVM_BLK_PYTHON;
-    for (uint32_t i = queue->ring->size; i; i--) {
+    for (; queue->left; queue->left--) {
         uint32_t written = 0;
         int popped = pykvm_vring_pop(queue->ring, queue->chain);
         if (popped <= 0) {
@@ -223,15 +224,16 @@ static int serve(struct pykvm_blk *blk, struct pykvm_blk_queue *queue)
         }
         int64_t began = pykvm_now();
         if (serve_one(blk, queue, &written)) {
+            queue->left--;
             queue->handed = 1;
-            result = PYKVM_BLK_PYTHON;
-            break;
+            return PYKVM_BLK_PYTHON; /* the interrupt is for the whole batch */
         }
-        if (!pykvm_vring_push(queue->ring, queue->chain->generation, queue->chain->head, written))
-            pushed = 1;
+        pykvm_vring_push(queue->ring, queue->chain->generation, queue->chain->head, written);
         count_one(blk, queue->chain, written, pykvm_now() - began);
     }
-    if (pushed && pykvm_vring_should_interrupt(queue->ring)) {
+    if (result == PYKVM_BLK_MORE && !pykvm_vring_waiting(queue->ring))
+        result = PYKVM_BLK_DONE;
+    if (pykvm_vring_should_interrupt(queue->ring)) {
         if (!pykvm_interrupt_raise(queue->interrupt)) {
             blk->interrupts++;
         } else {
@@ -243,12 +245,20 @@ static int serve(struct pykvm_blk *blk, struct pykvm_blk_queue *queue)
     return result;
 }
 
-int pykvm_blk_serve(struct pykvm_blk *blk, uint32_t index)
+static int serve_fresh(struct pykvm_blk *blk, struct pykvm_blk_queue *queue)
+{
+    if (!queue->handed)
+        queue->left = queue->ring->size;
+    return serve(blk, queue);
+}
+
+int pykvm_blk_serve(struct pykvm_blk *blk, uint32_t index, int go_on)
 {
     if (index >= blk->count)
         return PYKVM_BLK_DONE;
+    struct pykvm_blk_queue *queue = &blk->queues[index];
     pykvm_blk_lock(blk);
-    int result = serve(blk, &blk->queues[index]);
+    int result = go_on ? serve(blk, queue) : serve_fresh(blk, queue);
     pykvm_blk_unlock(blk);
     return result;
 }
@@ -268,7 +278,7 @@ static int rang(struct pykvm_blk *blk, int32_t fd)
         ours = 0;
     blk->notifies += ours;
     for (uint32_t i = 0; ours && i < blk->count; i++)
-        if (blk->queues[i].doorbell == fd && serve(blk, &blk->queues[i]) != PYKVM_BLK_DONE)
+        if (blk->queues[i].doorbell == fd && serve_fresh(blk, &blk->queues[i]) != PYKVM_BLK_DONE)
             done = 0;
     pykvm_blk_unlock(blk);
     return ours && done;

@@ -181,7 +181,7 @@ static int64_t serve_item(struct pykvm_vcpu *vcpu, struct pykvm_range *range)
         return pci_read(range->device, access) ? PYKVM_SERVED : ask_python(access, PYKVM_ACCESS);
     case PYKVM_BLK:
         if (access->is_write && access->value <= UINT32_MAX &&
-            pykvm_blk_serve(range->device, (uint32_t)access->value))
+            pykvm_blk_serve(range->device, (uint32_t)access->value, 0))
             return ask_python(access, PYKVM_ACCESS);
         break;
     case PYKVM_STOP:

@@ -281,6 +281,7 @@ struct pykvm_blk_queue {
     struct pykvm_chain *chain;
     struct pykvm_interrupt *interrupt;
     int32_t doorbell;        /* an eventfd, or -1 */
+    uint32_t left;           /* requests that may still be taken for this doorbell */
     uint8_t handed;          /* `chain` was popped and is Python's; none is popped until it is not */
     uint8_t wants_interrupt; /* Python is to raise it */
 };
@@ -319,8 +320,11 @@ enum {
 void pykvm_blk_init(struct pykvm_blk *blk);
 void pykvm_blk_lock(struct pykvm_blk *blk); /* may be taken again by who has it */
 void pykvm_blk_unlock(struct pykvm_blk *blk);
-/* Serve a queue, at most its size in requests: see above, or enum pykvm_breach. */
-int pykvm_blk_serve(struct pykvm_blk *blk, uint32_t index);
+/*
+ * Serve a queue, at most its size in requests, or with `go_on` what is left of that: see above, or
+ * enum pykvm_breach.
+ */
+int pykvm_blk_serve(struct pykvm_blk *blk, uint32_t index, int go_on);
 /*
  * Wait as epoll_wait does, and serve queues whose doorbells ring, until something else is ready or
  * Python is needed: which descriptors, at most 16, are ready; 0 after the time; or -errno.

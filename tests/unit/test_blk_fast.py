@@ -321,8 +321,8 @@ def test_a_chain_in_hand_is_done_before_a_state_is_taken(disk: Disk) -> None:
     memory, driver = disk.guest.memory, disk.driver
     memory.write(HEADER, pack("<IIQ", GET_ID, 0, 0))
     driver.send((HEADER, 16, 0), (DATA, 20, WRITE), (STATUS, 1, WRITE))
-    assert lib.pykvm_blk_serve(fast.c, 0) == lib.PYKVM_BLK_PYTHON
-    assert lib.pykvm_blk_serve(fast.c, 0) == lib.PYKVM_BLK_PYTHON  # and nothing else before it
+    assert lib.pykvm_blk_serve(fast.c, 0, 0) == lib.PYKVM_BLK_PYTHON
+    assert lib.pykvm_blk_serve(fast.c, 0, 0) == lib.PYKVM_BLK_PYTHON  # and nothing else before it
     assert disk.device.queues[0].in_flight == 1
     state = disk.device.state()
     assert driver.used() == [(0, 21)] and memory.read(DATA, 2) == b"S1"
@@ -334,7 +334,20 @@ def test_a_chain_in_hand_goes_with_a_reset(disk: Disk) -> None:
     fast = disk.device.fast
     assert fast is not None
     disk.driver.send((HEADER, 16, 0))  # no byte for the status
-    assert lib.pykvm_blk_serve(fast.c, 0) == lib.PYKVM_BLK_PYTHON
+    assert lib.pykvm_blk_serve(fast.c, 0, 0) == lib.PYKVM_BLK_PYTHON
     (disk.driver,) = disk.guest.start(FEATURES, size=16)
     assert not disk.device.broken
     assert disk.request(IN, 1, 512)[0] == 0 and served_in_c(disk) == 1
+
+
+def test_many_requests_of_both_kinds_share_a_doorbell_and_an_interrupt(disk: Disk) -> None:
+    memory, driver = disk.guest.memory, disk.driver
+    for number, type in enumerate((IN, GET_ID, IN, 99, IN)):
+        header, status, data = HEADER + 16 * number, STATUS + number, DATA + 512 * number
+        memory.write(header, pack("<IIQ", type, 0, number))
+        chain = (header, 16, 0), (data, 512, WRITE), (status, 1, WRITE)
+        driver.send(*chain, first=3 * number)
+    disk.guest.notify()
+    assert driver.used() == [(0, 513), (3, 20), (6, 513), (9, 0), (12, 513)]
+    assert memory.read(STATUS, 5) == b"\0\0\0\2\0"
+    assert disk.device.counters.interrupts == 1 and served_in_c(disk) == 3

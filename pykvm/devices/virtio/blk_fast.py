@@ -99,40 +99,52 @@ class FastPath:
         """Wait for what is being served, and serve what was handed over."""
         with self:
             for index in range(len(self._queues)):
+                queue = self._device.queues[index]
                 try:
                     self._take(index)
                 except GuestError as error:
                     self._device.needs_reset(str(error))
+                if queue.should_interrupt():
+                    self._device._interrupt(queue)
 
     def serve(self, index: int) -> bool:
-        """Serve a queue, at most its size in requests that Python has to do; True if more wait.
+        """Serve a queue, at most its size in requests; True if more wait.
 
         Raises:
             GuestError: the driver broke the protocol.
         """
         device = self._device
         queue, c = device.queues[index], self._queues[index]
-        for _ in range(queue.size):
-            result = lib.pykvm_blk_serve(self.c, index)
+        go_on = False
+        while True:
+            if c.handed:
+                with self:
+                    go_on = True
+                    self._take(index)
+            result = lib.pykvm_blk_serve(self.c, index, go_on)
             if c.wants_interrupt:
                 c.wants_interrupt = 0
                 device._interrupt(queue)
             if result < 0:
                 raise queue.breach(result)
-            if not c.handed:
+            if result != lib.PYKVM_BLK_PYTHON:
                 return bool(result == lib.PYKVM_BLK_MORE)
-            with self:
-                self._take(index)
-        return True
+            go_on = True
 
     def _take(self, index: int) -> None:
-        """Serve what C has handed over, if it has; the lock is held."""
+        """Serve what C has handed over, if it has; the lock is held. The interrupt comes later."""
         device = self._device
         queue, c = device.queues[index], self._queues[index]
         if c.handed:
             c.handed = 0
             chain = queue.taken()
-            device.complete(queue, chain, device._one(queue, chain))
+            try:
+                written = device._one(queue, chain)
+            except GuestError:
+                if queue.should_interrupt():  # of those before it
+                    device._interrupt(queue)
+                raise
+            device.complete(queue, chain, written, interrupt=False)
 
     # ---- the I/O thread's wait -----------------------------------------------------------------
 
