@@ -197,3 +197,10 @@ void __gcov_dump(void);
 void __gcov_reset(void);
 void coverage_dump(void) { __gcov_dump(); }
 #endif
+
+/* As reset.c has it, which is not built here; only a memory whose pages are noted calls it. */
+void pykvm_pages_mark(uint64_t *bitmap, uint64_t first, uint64_t count)
+{
+    for (uint64_t page = first; page < first + count; page++)
+        __atomic_fetch_or(&bitmap[page / 64], UINT64_C(1) << page % 64, __ATOMIC_RELAXED);
+}
