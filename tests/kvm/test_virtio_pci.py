@@ -79,9 +79,9 @@ RING = """
 
 POLL = """
     wait:
-        cmp     word ptr [0x22002], 0
-        je      wait
-        movzx   eax, byte ptr [rdi + 0x800] # the ISR
+        movzx   eax, byte ptr [rdi + 0x800] # the ISR, which comes after the used index
+        test    eax, eax
+        jz      wait
         mov     [0x1f000], eax
         movzx   eax, byte ptr [rdi + 20]
         mov     [0x1f004], eax
