@@ -564,6 +564,8 @@ struct pykvm_reset_slot {
     const uint64_t *held; /* ... of these pages; the others were zeros */
     uint64_t *dirty;      /* room for KVM's log */
     uint64_t *touched;    /* pages that the host has written since the last reset, which clears it */
+    const uint64_t *pagemap; /* when all is looked at: of /proc/PID/pagemap, or NULL; what is not
+                                there and was zeros need not be */
     uint64_t *exposed;    /* pages that somebody may write unseen: looked at every time */
     uint64_t pages;
     uint32_t slot;
@@ -627,10 +629,11 @@ int pykvm_reset(struct pykvm_reset *reset);
 int pykvm_reset_memory(struct pykvm_reset *reset);
 /*
  * Write those pages that are not all zeros to a file: how many, or -errno.  `pagemap`: as in
- * /proc/PID/pagemap; what is neither present nor swapped out is left out; NULL: look at every page.
+ * /proc/PID/pagemap; what is neither present nor swapped out, nor in the bitmap `below` if that is
+ * not NULL, is left out; NULL: look at every page.
  */
 int64_t pykvm_image_write(int fd, int64_t offset, const uint8_t *memory, uint64_t pages,
-                          const uint64_t *pagemap, uint64_t *held);
+                          const uint64_t *pagemap, const uint64_t *below, uint64_t *held);
 /* Mark in `differs` the pages that differ between two images; either `held` may be NULL: all. */
 uint64_t pykvm_image_diff(const uint8_t *a, const uint64_t *held_a, const uint8_t *b,
                           const uint64_t *held_b, uint64_t pages, uint64_t *differs);

@@ -34,6 +34,12 @@ void pykvm_pages_mark(uint64_t *bitmap, uint64_t first, uint64_t count)
     }
 }
 
+/* Whether a page was ever touched: admin-guide/mm/pagemap.rst, present or swapped. */
+static int is_there(const uint64_t *pagemap, uint64_t page)
+{
+    return !pagemap || pagemap[page] >> 62;
+}
+
 static int holds(const uint64_t *bitmap, uint64_t page)
 {
     return !bitmap || bitmap[page / 64] >> (page % 64) & 1;
@@ -50,7 +56,10 @@ static void put_back(struct pykvm_reset_slot *slot, uint64_t word, uint64_t bits
         if (page >= slot->pages)
             return;
         uint8_t *to = slot->memory + page * PAGE;
-        const uint8_t *from = holds(slot->held, page) ? slot->image + page * PAGE : zeros;
+        int held = holds(slot->held, page);
+        if (!held && slot->pagemap && !is_there(slot->pagemap, page))
+            continue;
+        const uint8_t *from = held ? slot->image + page * PAGE : zeros;
         ++*looked;
         if (compare && !memcmp(to, from, PAGE))
             continue;
@@ -111,6 +120,7 @@ int pykvm_reset_memory(struct pykvm_reset *reset)
             }
         }
         slot->whole = 0;
+        slot->pagemap = NULL;
     }
     reset->looked += looked;
     reset->copied += copied;
@@ -217,14 +227,13 @@ static int write_all(int fd, const uint8_t *from, uint64_t length, int64_t offse
 }
 
 int64_t pykvm_image_write(int fd, int64_t offset, const uint8_t *memory, uint64_t pages,
-                          const uint64_t *pagemap, uint64_t *held)
+                          const uint64_t *pagemap, const uint64_t *below, uint64_t *held)
 {
-    const uint64_t there = UINT64_C(3) << 62; /* present, swapped: admin-guide/mm/pagemap.rst */
     int64_t written = 0;
     uint64_t page = 0;
     while (page < pages) {
         uint64_t first = page;
-        while (page < pages && page - first < 256 && (!pagemap || pagemap[page] & there) &&
+        while (page < pages && page - first < 256 && (is_there(pagemap, page) || (below && holds(below, page))) &&
                memcmp(memory + page * PAGE, zeros, PAGE)) {
             held[page / 64] |= UINT64_C(1) << (page % 64);
             page++;

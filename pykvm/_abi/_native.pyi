@@ -30,7 +30,15 @@ class _Lib:
     def pykvm_reset(self, reset: _CData, /) -> int: ...
     def pykvm_reset_memory(self, reset: _CData, /) -> int: ...
     def pykvm_image_write(
-        self, fd: int, offset: int, memory: _CData, pages: int, pagemap: _CData, held: _CData, /
+        self,
+        fd: int,
+        offset: int,
+        memory: _CData,
+        pages: int,
+        pagemap: _CData,
+        below: _CData,
+        held: _CData,
+        /,
     ) -> int: ...
     def pykvm_image_diff(
         self, a: _CData, held_a: _CData, b: _CData, held_b: _CData, pages: int, differs: _CData, /

@@ -49,9 +49,12 @@ class Backing:
         fd: descriptor of a memfd or a shared file, owned by the backing, or -1.
         huge: None, ``"thp"``, ``"2M"`` or ``"1G"``.
         writable: whether the host mapping itself may be written.
+        source: of a private one, what its owner says it is of.
     """
 
-    __slots__ = ("fd", "huge", "hva", "kind", "mapping", "path", "size", "window", "writable")
+    __slots__ = (
+        "fd", "huge", "hva", "kind", "mapping", "path", "size", "source", "window", "writable",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Backing:
         self.path = path
         self.huge = huge
         self.writable = writable
+        self.source: object = None
         start = _address(mapping)
         self.window = (gpa - start) % _THP_SIZE if len(mapping) > size else 0
         self.hva = start + self.window
@@ -226,7 +230,7 @@ def file(
     return Backing("file", mapping, size, fd=fd, path=path, writable=writable)
 
 
-def private(fd: int, size: int, offset: int = 0) -> Backing:
+def private(fd: int, size: int, offset: int = 0, source: object = None) -> Backing:
     """Map ``size`` bytes of a descriptor privately: what is written here stays here.
 
     Nobody may shorten the file meanwhile (a memfd can be sealed): an access beyond its end is
@@ -241,7 +245,9 @@ def private(fd: int, size: int, offset: int = 0) -> Backing:
     if left < size:
         raise ValueError(f"there are {left:#x} bytes from offset {offset:#x}, not {size:#x}")
     mapping = _map(fd, size, mmap.MAP_PRIVATE | _MAP_NORESERVE, offset=offset)
-    return Backing("private", mapping, size)
+    made = Backing("private", mapping, size)
+    made.source = source
+    return made
 
 
 def _address(mapping: mmap.mmap) -> int:

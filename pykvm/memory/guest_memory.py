@@ -261,14 +261,18 @@ class GuestMemory:
         readonly: bool = False,
         slot: int | None = None,
         name: str = "",
+        source: object = None,
     ) -> Region:
         """Add a private copy of what a descriptor has at ``offset``, copied as it is written.
 
-        The descriptor stays the caller's and may be closed. Other arguments as for ``add``.
+        The descriptor stays the caller's and may be closed. ``source`` is kept as
+        ``Region.source``. Other arguments as for ``add``.
         """
         size = parse_size(size)
         gpa, slot = self._map.place(gpa, size, slot)
-        return self._insert(slot, gpa, _backing.private(fd, size, offset), readonly, False, name)
+        return self._insert(
+            slot, gpa, _backing.private(fd, size, offset, source), readonly, False, name
+        )
 
     @property
     def regions(self) -> tuple[Region, ...]:

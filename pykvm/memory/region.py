@@ -103,6 +103,11 @@ class Region:
         return self._backing.huge
 
     @property
+    def source(self) -> object:
+        """What was said at ``add_private`` that it is of, or None."""
+        return self._backing.source
+
+    @property
     def path(self) -> str:
         """The file behind it, or ""."""
         return self._backing.path

@@ -168,6 +168,7 @@ class Image:
                 readonly=part.readonly,
                 slot=part.slot,
                 name=part.name,
+                source=part,
             )
         for _, number, bitmap, _ in self.patches:
             part = self.parts[number]
@@ -246,25 +247,26 @@ def capture(memory: GuestMemory) -> Image:
 
 
 def _copy(fd: int, part: Part, region: Region) -> None:
-    touched = _touched(region)
+    touched, source = pagemap(region), region.source
     written = lib.pykvm_image_write(
         fd,
         part.offset,
         ffi.cast("uint8_t *", region.userspace_addr),
         part.pages,
         ffi.NULL if touched is None else ffi.from_buffer("uint64_t[]", touched),
+        source.held if isinstance(source, Part) else ffi.NULL,
         part.held,
     )
     if written < 0:
         raise SnapshotError(f"the snapshot's memory cannot be written: {os.strerror(-written)}")
 
 
-def _touched(region: Region) -> bytes | None:
-    """The region's part of /proc/self/pagemap; None where untouched pages may hold something.
+def pagemap(region: Region) -> bytes | None:
+    """The region's part of /proc/self/pagemap; None where untouched pages may be anything.
 
-    A page of a private mapping that was never touched is the file's.
+    Untouched pages of a fork are those of the image that it is of.
     """
-    if region.kind != "anonymous":
+    if region.kind != "anonymous" and not isinstance(region.source, Part):
         return None
     pages = region.memory_size // PAGE_SIZE
     try:

@@ -9,6 +9,7 @@ from pykvm.errors import KvmError, SnapshotError
 from pykvm.kvm.hints import hint
 from pykvm.snapshot import vcpu as vcpus
 from pykvm.snapshot import vm as vms
+from pykvm.snapshot.image import pagemap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,11 +78,30 @@ class Tracking:
             if region.exposed:
                 self.writes.expose(region, 0, region.memory_size)
 
+    def look_at_all(self, slots: Any, image: Image) -> list[Any]:
+        """Have the next reset look at every page, but for those that nobody ever touched.
+
+        Returns:
+            What C looks at meanwhile, to be kept until then.
+        """
+        keep = []
+        for slot, part, region in zip(slots, image.parts, self._memory.regions, strict=True):
+            slot.whole = 1
+            # An untouched page is a zero, or what the image has that the region is a copy of.
+            if region.source is None or region.source is part:
+                touched = pagemap(region)
+                if touched is not None:
+                    keep.append(ffi.from_buffer("uint64_t[]", touched))
+                    slot.pagemap = keep[-1]
+        return keep
+
     def slots(self, image: Image) -> Any:
         """``struct pykvm_reset_slot[]`` for an image of the same regions."""
         image.check(self._memory)
         made = ffi.new("struct pykvm_reset_slot[]", len(image.parts))
         for c, part, region in zip(made, image.parts, self._memory.regions, strict=True):
+            if self.mode != WHOLE:
+                self._log(region)  # it may be new
             pages = self.writes.of(region)
             dirty = self._dirty.get(region.slot)
             if dirty is None:
@@ -137,6 +157,7 @@ class Plan:
         self._tracking = tracking
         self._image = image
         self._keep: list[Any] = []
+        self._pagemaps: list[Any] = []
         self._calls: list[tuple[Any, str, Any, int]] = []
         self._tsc: dict[int, tuple[int, int]] = {}
         self._msrs: dict[int, tuple[Vcpu, VcpuState]] = {}
@@ -235,8 +256,7 @@ class Plan:
         if tracking is None:
             return
         if tracking.base is not self._image:
-            for slot in self._slots[0 : self.c.slot_count]:
-                slot.whole = 1
+            self._pagemaps = tracking.look_at_all(self._slots, self._image)
             tracking.base = self._image
         tracking.look_for_views()
 

@@ -257,3 +257,20 @@ def test_blocks_reached_are_seen_by_planted_stops_as_well() -> None:
                 with m.snapshot() as now:  # planted stops are no part of a snapshot
                     assert not s.diff(now)
             assert bytes(m.memory[ENTRY : ENTRY + 0x200]) == before
+
+
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_fuzzing_with_interrupt_controllers_in_the_kernel(irqchip: str) -> None:
+    with pykvm.Machine("2M", irqchip=irqchip, pit=irqchip == "kernel") as m:
+        m.load(pykvm.asm(GUEST, mode="long64"), at=ENTRY)
+        m.cpu.enter("long64", entry=ENTRY)
+        with m.snapshot() as s:
+            inputs = [b"X1", b"H", b"X123"] * 3
+            outcomes = m.fuzz(s, inputs, write_at=INPUT, length_at=LENGTH, until=0x10, timeout=0.05)
+            # A HLT waits in the kernel for an interrupt that nobody sends.
+            expected = [(UNTIL, 2), (reasons.TIMEOUT, None), (UNTIL, 4)] * 3
+            assert [(each.reason, each.code) for each in outcomes] == expected
+            with m.snapshot() as now:
+                changed = {change.name for change in s.diff(now).registers}
+                assert not s.diff(now).pages
+                assert not {name for name in changed if name.startswith(("regs", "sregs", "msr"))}

@@ -12,6 +12,7 @@ import pykvm
 from pykvm import result as reasons
 from pykvm.errors import BusyError, ClosedError, SnapshotError
 from pykvm.memory import GuestMemory
+from pykvm.snapshot.image import pagemap
 from pykvm.snapshot.reset import MODES, Tracking
 from tests.kvm.test_virtio import PROBE, SERVED
 from tests.kvm.test_virtio_blk import serve
@@ -383,3 +384,48 @@ def test_a_disks_overlay_goes_back_with_memory(tmp_path: Path) -> None:
         again.index = index
         assert serve(m, again, 0, 5, 0x42000, 512) == 0
         assert m.memory.read(0x42000, 5) == b"first"
+
+
+def test_a_region_that_came_later_is_in_later_snapshots(machine: pykvm.Machine) -> None:
+    writer(machine, 2)
+    with machine.snapshot() as s:
+        s.restore()
+    machine.memory.add(0x800000, "64K")
+    with machine.snapshot() as s:
+        for _ in range(3):
+            machine.cpu.rdi = 0x800000
+            machine.run(timeout=10)
+            assert machine.memory.u64[0x801000] == 0xAB
+            s.restore()
+            same(machine, s)
+
+
+def resident(m: pykvm.Machine) -> int:
+    """Pages of a machine's memory that this process has."""
+    return sum(
+        int.from_bytes(pages[at : at + 8], "little") >> 62 != 0
+        for region in m.memory.regions
+        if (pages := pagemap(region)) is not None
+        for at in range(0, len(pages), 8)
+    )
+
+
+def test_memory_that_nobody_touched_is_not_touched_by_snapshots() -> None:
+    with pykvm.Machine("512M") as m:
+        writer(m, 3)
+        before = resident(m)
+        with m.snapshot() as s, s.fork() as fork:
+            s.restore()
+            assert resident(m) <= before + 8
+            fork.run(timeout=10)
+            s.restore(fork)
+            with fork.snapshot() as again:
+                assert not s.diff(again)
+            assert resident(fork) < 2000
+            # A fork of another snapshot has nothing for granted.
+            m.memory.write(0x10000000, b"other")
+            with m.snapshot() as other:
+                other.restore(fork)
+                assert fork.memory.read(0x10000000, 5) == b"other"
+                s.restore(fork)
+                assert fork.memory.read(0x10000000, 5) == bytes(5)
