@@ -186,14 +186,14 @@ VECTORS = {"mmio": r"IO-APIC +\d+-edge +virtio", "pci": r"PCI-MSI +\d+-edge +vir
 
 
 @pytest.mark.watchdog(600)
-@pytest.mark.parametrize("transport", ["pci", "mmio"])
+@pytest.mark.parametrize(("transport", "irqchip"), [("pci", "split"), ("mmio", "kernel")])
 def test_linux_has_its_root_on_a_disk(
-    boot: Boot, image: Path, tmp_path: Path, transport: str
+    boot: Boot, image: Path, tmp_path: Path, transport: str, irqchip: str
 ) -> None:
     second, image = image, tmp_path / "root.img"
     linux_disk.root_image(image, 48 << 20, FILES)
     before = image.stat().st_blocks * 512
-    m, text = boot(image, second, meanwhile=grow, transport=transport)
+    m, text = boot(image, second, meanwhile=grow, transport=transport, irqchip=irqchip)
     assert "MARKER size 1048576" in text
     assert re.search(VECTORS[transport], text) and "MARKER hwrng" in text, text[-3000:]
     assert linux_disk.read_file(image, "/out/hwrng").strip(b"\0")
