@@ -25,6 +25,8 @@ from pykvm.devices.virtio.direct import NONE, PYTHON, DirectInterrupt
 from tests.support.pci_guest import VERSION_1, VirtioPciGuest
 from tests.support.vring_driver import WRITE, Driver
 
+pytestmark = pytest.mark.sanitize
+
 SECTORS = 128
 CONTENT = bytes(n // 512 for n in range(SECTORS * 512))
 HEADER, STATUS, DATA = 0x30000, 0x31000, 0x40000
