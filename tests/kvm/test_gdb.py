@@ -8,19 +8,22 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import pykvm
-from pykvm.debug.gdb_packets import packet
+from pykvm.cli.main import cli
+from pykvm.debug.gdb_packets import Reader, packet
 from pykvm.debug.gdb_session import Session
 from pykvm.result import RunResult
-from tests.support import linux_guest
+from tests.support import linux_guest, tiny_kernel
 from tests.support.stops import CELL, machine
 
 GDB = shutil.which("gdb")
@@ -176,12 +179,66 @@ def test_the_command_line_waits_for_gdb(tmp_path: Path) -> None:
     assert not os.path.exists(path)
 
 
-def test_an_address_that_others_reach_is_refused_by_the_command_line() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pykvm", "run", "hello", "--gdb=0.0.0.0:0"],
-        capture_output=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 2 and b"owns the guest" in done.stderr
+def test_an_address_that_others_reach_is_refused_by_the_command_line(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", "hello", "--gdb=0.0.0.0:0"], prog_name="pykvm")
+    assert end.value.code == 2 and "owns the guest" in capfd.readouterr().err
+
+
+class Client:
+    """As much of a gdb as it takes to say a few packets, without acknowledging any."""
+
+    def __init__(self, path: str) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.settimeout(30)
+        for _ in range(3000):
+            try:
+                self._socket.connect(path)
+                break
+            except OSError:
+                time.sleep(0.01)
+        self._reader, self._got = Reader(), list[object]()
+
+    def say(self, payload: bytes) -> bytes:
+        """The answer to a packet."""
+        self._socket.sendall(packet(payload))
+        while not self._got:
+            data = self._socket.recv(4096)
+            if not data:
+                return b""
+            self._got += self._reader.feed(data)
+        answer = self._got.pop(0)
+        assert isinstance(answer, bytes)
+        return answer
+
+
+@pytest.mark.parametrize("words", [["k"], ["vKill;1"], [], ["D"], ["vCont;c"]])
+def test_a_kernel_is_booted_under_gdb_and_goes_on_or_ends_as_gdb_leaves(
+    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    kernel, path = tmp_path / "kernel", str(tmp_path / "gdb")
+    kernel.write_bytes(tiny_kernel.elf("nop; " + tiny_kernel.ENDS["power-off"]))
+    said: list[bytes] = []
+
+    def talk() -> None:
+        client = Client(path)
+        said.append(client.say(b"?"))
+        said.append(client.say(b"vCont;s:1"))
+        said.extend(client.say(word.encode()) for word in words)
+
+    thread = threading.Thread(target=talk)
+    thread.start()
+    with pytest.raises(SystemExit) as end:
+        arguments = ["boot", str(kernel), "--no-cache", "--memory", "16M", f"--gdb={path}"]
+        cli.main([*arguments, "--timeout", "60"], prog_name="pykvm")
+    thread.join()
+    assert said[:2] == [b"T05thread:1;", b"T05thread:1;"]
+    goes_on = words in (["D"], ["vCont;c"])
+    assert end.value.code == (0 if goes_on else 130), capfd.readouterr().err
+    if words == ["vCont;c"]:
+        assert said[2] == b"W00"
 
 
 # ---- Debian's kernel -----------------------------------------------------------------------------

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 
 import pykvm
+from pykvm.cli.main import cli
 from pykvm.debug import export
+from tests.support import tiny_kernel
 
 ENTRY = 0x8000
 
@@ -97,15 +97,38 @@ def test_kvms_own_statistics_are_beside_it(require_cap: object) -> None:
         assert "vm" in trace.stats
 
 
+def command(*words: str) -> int:
+    """The command in this process: another takes seconds in the rig."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(words), prog_name="pykvm")
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
 @pytest.mark.parametrize("name", ["t.json", "t.jsonl"])
-def test_the_command_line_writes_one_and_tells_what_is_in_it(tmp_path: Path, name: str) -> None:
+def test_the_command_line_writes_one_and_tells_what_is_in_it(
+    tmp_path: Path, name: str, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
     file = tmp_path / name
-    pykvm_ = [sys.executable, "-m", "pykvm"]
-    subprocess.run([*pykvm_, "run", "hello", "--trace", file], check=True, capture_output=True)
-    text = "".join(chr(e.data or 0) for e in export.load(file).events if e.address == 0xE9)
+    assert command("run", "hello", "--trace", str(file), "--trace-filter", "io:0xe9") == 0
+    text = "".join(chr(e.data or 0) for e in export.load(file).events)
     assert text == "Hello, KVM!\n"
-    done = subprocess.run(
-        [*pykvm_, "trace", "summary", file, "--json"], check=True, capture_output=True
-    )
-    rows = {row["where"]: row["count"] for row in json.loads(done.stdout)["rows"]}
-    assert rows["io 0xe9 out"] == 12
+    capfdbinary.readouterr()
+    assert command("trace", "summary", str(file), "--json") == 0
+    rows = json.loads(capfdbinary.readouterr().out)["rows"]
+    assert {row["where"]: row["count"] for row in rows} == {"io 0xe9 out": 12}
+
+
+def test_a_kernels_exits_are_traced_too(tmp_path: Path) -> None:
+    kernel, file = tmp_path / "kernel", tmp_path / "boot.jsonl"
+    kernel.write_bytes(tiny_kernel.elf(tiny_kernel.ENDS["power-off"]))
+    words = ["boot", str(kernel), "--no-cache", "--memory", "16M", "--timeout", "60"]
+    assert command(*words, "--trace", str(file)) == 0
+    events = export.load(file).events
+    assert events and events[-1].is_write and events[-1].reason == "io"
+
+
+def test_a_filter_without_sense_is_wrong_usage(tmp_path: Path) -> None:
+    file = str(tmp_path / "t")
+    assert command("run", "hello", "--trace", file, "--trace-filter", "nonsense") == 2
+    assert command("run", "hello", "--trace", str(tmp_path / "no" / "t")) == 1
