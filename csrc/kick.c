@@ -156,7 +156,7 @@ void pykvm_vcpu_end(struct pykvm_vcpu *vcpu)
     vcpu->outer = NULL;
     struct pykvm_events *events = __atomic_load_n(&vcpu->events, __ATOMIC_ACQUIRE);
     if (events)
-        pykvm_events_close(vcpu, events, pykvm_now());
+        pykvm_events_close(vcpu, events);
     set_immediate_exit(vcpu, 0);
     __atomic_store_n(&vcpu->tid, 0, __ATOMIC_SEQ_CST); /* from here on another thread may begin */
     if (current) {

@@ -358,9 +358,9 @@ struct pykvm_table {
 
 /* One exit, as it was taken and what became of it; 64 bytes. */
 struct pykvm_event {
-    int64_t time;     /* CLOCK_MONOTONIC in ns: when KVM_RUN returned */
-    uint64_t inside;  /* ns that KVM_RUN took */
-    uint64_t spent;   /* ns from then on until the next KVM_RUN, or the end of the run */
+    int64_t time;     /* when KVM_RUN returned, by pykvm_events_now() */
+    uint64_t inside;  /* that KVM_RUN took */
+    uint64_t spent;   /* from then on until the next KVM_RUN, or the end of the run */
     uint64_t rip;     /* with PYKVM_EVENT_RIP */
     uint64_t address; /* port, gpa or MSR; the number of a hypercall; pc of a debug exit */
     uint64_t data;    /* written, or read in answer: the first 8 bytes, the first item's first */
@@ -401,7 +401,11 @@ struct pykvm_events {
     int64_t entered;    /* when KVM_RUN was called last */
     uint8_t rip;        /* have KVM store the registers at every exit */
     uint8_t open;       /* the last event's exit is being served */
+    uint8_t ticks;      /* time is the TSC: it costs no pages that an exit has made cold */
 };
+
+/* The time as `events` have it: TSC ticks, or CLOCK_MONOTONIC in ns. */
+int64_t pykvm_events_now(const struct pykvm_events *events);
 
 /*
  * Stops planted in the code are one-byte INs (0xEC, IN AL,DX): they exit on every back end, whatever
@@ -727,7 +731,7 @@ int64_t pykvm_now(void);
    another thread may take vcpu->events away at any time. */
 void pykvm_events_enter(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
 void pykvm_events_exit(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
-void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events, int64_t now);
+void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
 /* Whether the exit, an I/O, may be of a planted stop. */
 int pykvm_may_be_planted(const struct kvm_run *run, const struct pykvm_planted *planted);
 

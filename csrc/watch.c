@@ -86,24 +86,40 @@ static struct pykvm_event event_of(const struct kvm_run *run)
     return event;
 }
 
-void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events, int64_t now)
+int64_t pykvm_events_now(const struct pykvm_events *events)
+{
+    return events->ticks ? (int64_t)__builtin_ia32_rdtsc() : pykvm_now();
+}
+
+/* Processors whose TSCs are a little apart: no time has gone by. */
+static uint64_t between(int64_t from, int64_t to)
+{
+    return to > from ? (uint64_t)(to - from) : 0;
+}
+
+static void close_at(struct pykvm_vcpu *vcpu, struct pykvm_events *events, int64_t now)
 {
     if (!events->open)
         return;
     events->open = 0;
     struct pykvm_event *event = &events->events[(events->head - 1) & (events->capacity - 1)];
-    event->spent = (uint64_t)(now - event->time);
+    event->spent = between(event->time, now);
     if (!(event->flags & PYKVM_EVENT_WRITE) && event->size)
         event->data = data_now(vcpu->run);
     event->flags |= PYKVM_EVENT_DONE;
+}
+
+void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events)
+{
+    close_at(vcpu, events, pykvm_events_now(events));
 }
 
 void pykvm_events_enter(struct pykvm_vcpu *vcpu, struct pykvm_events *events)
 {
     if (events->rip)
         vcpu->run->kvm_valid_regs |= KVM_SYNC_X86_REGS;
-    events->entered = pykvm_now();
-    pykvm_events_close(vcpu, events, events->entered);
+    events->entered = pykvm_events_now(events);
+    close_at(vcpu, events, events->entered);
 }
 
 void pykvm_events_exit(struct pykvm_vcpu *vcpu, struct pykvm_events *events)
@@ -114,9 +130,9 @@ void pykvm_events_exit(struct pykvm_vcpu *vcpu, struct pykvm_events *events)
         events->passed++;
         return;
     }
-    event.time = pykvm_now();
+    event.time = pykvm_events_now(events);
     if (events->entered) /* else the trace was begun while KVM_RUN ran */
-        event.inside = (uint64_t)(event.time - events->entered);
+        event.inside = between(events->entered, event.time);
     event.exit = (uint32_t)vcpu->exits;
     if (event.flags & PYKVM_EVENT_WRITE)
         event.data = data_now(run);

@@ -22,6 +22,53 @@ _MEMORY_LIKE = (lib.KVM_EXIT_IO, lib.KVM_EXIT_MMIO, lib.KVM_EXIT_X86_RDMSR, lib.
                 lib.KVM_EXIT_HYPERCALL, lib.KVM_EXIT_DEBUG)  # fmt: skip
 
 
+_TSC_IS_GOOD = "/sys/devices/system/clocksource/clocksource0/current_clocksource"
+"""Where the kernel says "tsc" it has found the TSC to be steady, and the same on all processors."""
+_BASELINE = 10_000_000
+"""ns over which the TSC's rate is measured, at least."""
+
+
+class _Clock:
+    """What time events have: the TSC where the kernel trusts it too, else CLOCK_MONOTONIC."""
+
+    def __init__(self) -> None:
+        try:
+            with open(_TSC_IS_GOOD) as file:
+                ticks = file.read().strip() == "tsc"
+        except OSError:
+            ticks = False
+        self.ticks = ticks
+        self._c = ffi.new("struct pykvm_events *", {"ticks": ticks})
+        self._anchor = self._both()
+        self._rate = 0.0 if ticks else 1e-9
+
+    def _both(self) -> tuple[int, int]:
+        return self.now(), time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+    def now(self) -> int:
+        """The time as events have it."""
+        return int(lib.pykvm_events_now(self._c))
+
+    @property
+    def rate(self) -> float:
+        """Seconds of one unit of it. Measured once, from the first trace on."""
+        while not self._rate:
+            ticks, ns = self._both()
+            if ns - self._anchor[1] >= _BASELINE:
+                self._rate = (ns - self._anchor[1]) * 1e-9 / (ticks - self._anchor[0])
+        return self._rate
+
+
+_clock: _Clock | None = None
+
+
+def _the_clock() -> _Clock:
+    global _clock
+    if _clock is None:
+        _clock = _Clock()
+    return _clock
+
+
 class _Events:
     """The ring of one vCPU, and its memory."""
 
@@ -33,7 +80,7 @@ class _Events:
         self.c = ffi.new(
             "struct pykvm_events *",
             {"events": self._items, "capacity": capacity, "filters": filters,
-             "filter_count": count, "rip": rip},
+             "filter_count": count, "rip": rip, "ticks": _the_clock().ticks},
         )  # fmt: skip
 
     @property
@@ -108,7 +155,7 @@ class Trace(Recording):
             raise ValueError("this machine is traced already: end that trace first")
         if self._read_stats is not None:
             self._before = self._read_stats()
-        self._began = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        self._began = _the_clock().now()
         self._switch(True)
         self._on = True
 
@@ -128,10 +175,10 @@ class Trace(Recording):
     @property
     def events(self) -> list[Event]:  # type: ignore[override]
         """What was traced so far, in order of time; a list of its own each time."""
-        found = []
+        found, rate = [], _the_clock().rate
         for c, ring in zip(self._vcpus, self._rings, strict=True):
             raw, places = ring.read()
-            found += [_event(raw[place], c.index, self._began) for place in places]
+            found += [_event(raw[place], c.index, self._began, rate) for place in places]
         return sorted(found, key=lambda event: event.time)
 
     @property
@@ -177,12 +224,12 @@ class Trace(Recording):
         return f"<Trace {'on' if self._on else 'off'}, {kept} events, {self.lost} lost>"
 
 
-def _event(raw: Any, cpu: int, began: int) -> Event:
+def _event(raw: Any, cpu: int, began: int, rate: float) -> Event:
     flags, reason, size = raw.flags, raw.reason, raw.size
     is_write = bool(flags & lib.PYKVM_EVENT_WRITE)
     done = bool(flags & lib.PYKVM_EVENT_DONE)
     return Event(
-        (raw.time - began) / 1e9,
+        (raw.time - began) * rate,
         cpu,
         NAMES.get(reason, f"exit {reason}"),
         address=raw.address if reason in _MEMORY_LIKE else None,
@@ -191,7 +238,7 @@ def _event(raw: Any, cpu: int, began: int) -> Event:
         is_write=is_write,
         data=raw.data if size and (is_write or done) else None,
         rip=raw.rip if flags & lib.PYKVM_EVENT_RIP else None,
-        inside=raw.inside / 1e9,
-        spent=raw.spent / 1e9 if done else None,
+        inside=raw.inside * rate,
+        spent=raw.spent * rate if done else None,
         number=raw.exit,
     )
