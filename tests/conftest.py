@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -50,6 +51,10 @@ def pytest_configure(config: pytest.Config) -> None:
         "watchdog(seconds): this test may take longer than --watchdog",
     ):
         config.addinivalue_line("markers", marker)
+    if "libasan" in os.environ.get("LD_PRELOAD", ""):
+        # capstone is loaded with RTLD_DEEPBIND, and ASan ends a process that does that.
+        for name in ("capstone", "unicorn"):
+            sys.modules[name] = None  # type: ignore[assignment]
     # Output is not yet captured here: this is the terminal, whatever a test does to fd 2.
     config.stash[_STDERR] = os.fdopen(os.dup(2), "w")
     problem = kvm_problem()

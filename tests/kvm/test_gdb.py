@@ -30,6 +30,10 @@ GDB = shutil.which("gdb")
 needs_gdb = pytest.mark.skipif(GDB is None, reason='shutil.which("gdb") found none')
 
 
+#: A sanitizer that is loaded into us is none of gdb's.
+GDB_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
 class Gdb:
     """gdb in batch mode, at work on a machine of this process."""
 
@@ -43,8 +47,9 @@ class Gdb:
             for command in (f"target remote {server.address}", *self._commands):
                 words += ["-ex", command]
             process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-            )
+                words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env=GDB_ENVIRONMENT,
+            )  # fmt: skip
             told: list[bytes] = []
             collect = threading.Thread(target=lambda: told.append(process.communicate()[0]))
             collect.start()
@@ -93,10 +98,11 @@ def test_ctrl_c_stops_a_guest_that_runs_for_ever() -> None:
             [str(GDB), "-nx", "-batch", "-ex", f"target remote {server.address}", "-ex", "continue",
              "-ex", 'printf "stopped %d\\n", $ebx', "-ex", "kill"],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            env=GDB_ENVIRONMENT,
         )  # fmt: skip
 
         def interrupt() -> None:
-            while m.cpu._runner.c.entries < 3 or not m.running:
+            while process.poll() is None and (m.cpu._runner.c.entries < 3 or not m.running):
                 pass
             process.send_signal(signal.SIGINT)
 
@@ -172,7 +178,7 @@ def test_the_command_line_waits_for_gdb(tmp_path: Path) -> None:
     done = subprocess.run(
         [str(GDB), "-nx", "-batch", "-ex", f"target remote {path}", "-ex", "stepi",
          "-ex", "detach"],
-        capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=True,
+        capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=True, env=GDB_ENVIRONMENT,
     )  # fmt: skip
     out, err = run.communicate(timeout=60)
     assert (run.returncode, out) == (0, b"Hello, KVM!\n"), (err, done.stdout)
