@@ -152,6 +152,8 @@ class Debugging(Runs):
         gpa = address - KERNEL_MAP
         if self.pc is None or not self.pc.is_linux or self.pc.plan is None or gpa < 0:
             return None
+        if self.pc.plan.protocol == "bzimage":
+            return None  # it unpacks itself, to where it likes
         start, size = self.pc.plan.kernel
         return gpa if start <= gpa < start + size else None
 
