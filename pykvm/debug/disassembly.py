@@ -139,9 +139,10 @@ def successors(cpu: Cpu, memory: Any, planted: Planted | None) -> set[int]:
 
 
 def _register(regs: Any, name: str) -> int:
-    whole = name if name[0] == "r" else "r" + name[1:]
-    value: int = getattr(regs, whole)
-    return value if name[0] == "r" else value & 0xFFFFFFFF
+    """What a register of 32 or 64 bits holds that an address is made of; of a pseudo one 0."""
+    whole = "r" + name[1:].removesuffix("d")
+    value: int = getattr(regs, whole, 0)
+    return value & 0xFFFFFFFF if name[0] == "e" or name[-1] == "d" else value
 
 
 def _words(memory: Any, sregs: Any, at: int, bits: int, stack: bool = True) -> list[int]:

@@ -151,7 +151,8 @@ class Bank:
             if name == "ftag":
                 fpu.ftwx = sum((value >> 2 * n & 3 != 3) << n for n in range(8))
             else:
-                setattr(fpu, {"fctrl": "fcw", "fstat": "fsw"}.get(name, name), value)
+                short = {"fctrl": "fcw", "fstat": "fsw"}.get(name)
+                setattr(fpu, short or name, value & 0xFFFF if short else value)
             self._fpu_changed = True
         elif name not in _FPU:
             whole = "rflags" if name == "eflags" else name

@@ -70,7 +70,7 @@ class Session:
         """The answers to a packet: payloads, in order."""
         try:
             return self._answer(packet)
-        except (ValueError, LookupError, PykvmError):
+        except (ValueError, LookupError, OverflowError, PykvmError):
             return [b"E01"]
 
     def close(self) -> None:

@@ -21,6 +21,7 @@ import pytest
 import pykvm
 from pykvm.cli.main import cli
 from pykvm.debug.gdb_packets import Reader, packet
+from pykvm.debug.gdb_registers import layout
 from pykvm.debug.gdb_session import Session
 from pykvm.result import RunResult
 from tests.support import linux_guest, tiny_kernel
@@ -318,3 +319,16 @@ def test_what_is_not_mapped_is_an_error_and_not_the_end() -> None:
             assert session.answer(payload) == [b"E01"], payload
         assert session.answer(b"no such thing") == [b""]
         assert session.answer(b"m8000,4")[0] != b"E01"
+
+
+def test_every_register_takes_what_gdb_writes_and_shows_it() -> None:
+    with machine() as m:
+        session = Session(m, lambda run: run())
+        for number, register in enumerate(layout(64)):
+            for byte in (b"00", b"55", b"ff"):
+                written = byte * register.size
+                assert session.answer(b"P%x=%s" % (number, written))[0] in (b"OK", b"E01")
+                read = session.answer(b"p%x" % number)[0]
+                assert len(read) == 2 * register.size, register.name
+                if register.name in ("rbx", "r15", "rsp", "xmm3", "st2", "fs_base"):
+                    assert read == written, register.name

@@ -195,3 +195,40 @@ def test_what_unicorn_cannot_do_is_told() -> None:
         m.mmio.constant(0xD0000000, 5, 4)
         done = m.compare_with_unicorn(10)
         assert not done.same and "[0xd0000000]" in done.error
+
+
+def test_after_branches_of_every_kind_a_step_arrives() -> None:
+    """Where there are no single steps, what may come next is worked out."""
+    pytest.importorskip("capstone")
+    code = """
+        lea rax, [rip + a]
+        jmp rax
+        ud2
+    a:  lea r8, [rip + table]
+        xor ecx, ecx
+        jmp [r8 + rcx * 8]
+        ud2
+    b:  lea r9d, [rip + c]
+        mov edx, 1
+        cmp edx, 1
+        jne a
+        addr32 jmp [r8d + 8]
+        ud2
+    c:  push rbx
+        call leaf
+        mov ecx, 2
+    d:  loop d
+        jrcxz e
+        ud2
+    e:  mov al, 5
+        out 0xf4, al
+    leaf:
+        ret
+    table:
+        .quad b, c
+    """
+    with machine(code, ring=3) as m:
+        trace = m.instructions(limit=100)
+        assert (trace.result.reason, trace.result.code) == ("stopped", 5), trace
+        names = [each.text.split()[0] for each in trace.executed]
+        assert names.count("ret") == 1 and names[-1] == "out"
