@@ -213,7 +213,7 @@ def test_sanitized_build_is_sanitized(tmp_path: Path) -> None:
 
 def test_stub_declares_the_functions_of_the_module() -> None:
     stub = (ROOT / "pykvm" / "_abi" / "_native.pyi").read_text()
-    declared = dict(re.findall(r"def (pykvm_\w+)\(\s*self(?:, ([^)]*))?\)", stub))
+    declared = dict(re.findall(r"def (pykvm_\w+)\(\s*self(?:,\s+([^)]*))?\)", stub))
     functions = {name for name in dir(lib) if name.startswith("pykvm_")}
     assert set(declared) == functions
     for name, parameters in declared.items():
