@@ -23,19 +23,19 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from pykvm.kvm.handle import Closing
 from pykvm.snapshots import Snapshot
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
     from pykvm.machine import Machine
 
 
-class SnapshotPool:
+class SnapshotPool(Closing):
     """Processes with a fork of a snapshot each; an executor as in ``concurrent.futures``.
 
     Args:
@@ -89,17 +89,6 @@ class SnapshotPool:
         if self._folder is not None:
             self._folder.cleanup()
             self._folder = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 # ---- in the processes --------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 
 from pykvm import snapshot_cpuid as cpuid_of
 from pykvm.errors import BusyError, ClosedError, SnapshotError
+from pykvm.kvm.handle import Closing
 from pykvm.machine import Machine
 from pykvm.memory import GuestMemory
 from pykvm.snapshot import claims as claims_of
@@ -33,8 +34,7 @@ from pykvm.snapshot.reset import Plan, Tracking
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
     from pykvm.snapshot.diff import Diff
     from pykvm.snapshot.image import Image
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     Setup = Callable[[Machine], object]
 
 
-class Snapshot:
+class Snapshot(Closing):
     """A machine at one moment. ``Machine.snapshot()`` takes it, :meth:`load` reads it.
 
     It is a value: it never changes, and outlives its machine. Its memory goes with the last
@@ -285,17 +285,6 @@ class Snapshot:
         if machine is not None and machine._plan is not None and machine._plan[0] is self:
             machine._plan = None
         self.image.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         from pykvm.memory import format_size

@@ -358,3 +358,4 @@ def test_the_tally_is_reported(capsys: pytest.CaptureFixture[str]) -> None:
         print(f"\nbroken states on {describe_backend()}: {total} tried")
         for outcome, names in sorted(_tally.items()):
             print(f"  {outcome} {len(names)}: {', '.join(names)}")
+    assert len({name for names in _tally.values() for name in names}) == total

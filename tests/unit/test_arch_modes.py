@@ -237,8 +237,8 @@ def test_what_no_mode_can_do_is_refused_with_no_register_changed(
 
 
 def test_code_may_lie_where_another_mode_has_its_page_tables() -> None:
-    Machine().enter("prot32", 0x1000)
-    Machine().enter("real16", 0x600)
+    assert Machine().enter("prot32", 0x1000).entry == 0x1000
+    assert Machine().enter("real16", 0x600).entry == 0x600
 
 
 def test_what_one_guest_was_given_another_gets_again() -> None:

@@ -111,8 +111,10 @@ def test_where_others_can_reach_it_it_listens_only_if_told(text: str) -> None:
 
 
 def test_told_it_listens_anywhere() -> None:
-    listener, _ = listen("0.0.0.0:0", anywhere=True)
-    listener.close()
+    listener, address = listen("0.0.0.0:0", anywhere=True)
+    with listener:
+        assert listener.getsockname()[0] == "0.0.0.0"
+        assert int(address.rpartition(":")[2]) == listener.getsockname()[1]
 
 
 @pytest.mark.parametrize(
