@@ -6,7 +6,6 @@ Without click, and so without half of what a command's start would cost: see ``q
 from __future__ import annotations
 
 import os
-import select
 import sys
 import threading
 import time
@@ -14,10 +13,11 @@ import time
 from pykvm import result as reasons
 
 from . import exitcodes
+from .output import ConsoleOutput, standard_output
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Iterable
     from typing import Any
 
     from pykvm.devices.disk.spec import DiskSpec
@@ -78,7 +78,7 @@ def boot(
     from .terminal import Terminal
 
     began = time.monotonic()
-    output = _Output(None if as_json else sys.stdout.fileno())
+    output = ConsoleOutput(None if as_json else standard_output())
     try:
         m = Machine(
             memory,
@@ -90,7 +90,7 @@ def boot(
         )
     except ValueError as error:
         raise UsageProblem(str(error)) from error
-    with m:
+    with output, m:
         for disk in disks:
             m.disk(disk)
         plan = m.boot(
@@ -126,7 +126,7 @@ def boot(
     if as_json:
         import json
 
-        told = _describe(kernel, result, code, panic, b"".join(output.kept))
+        told = _describe(kernel, result, code, panic, output.text)
         print(json.dumps(told, indent=2), flush=True)
     else:
         output.close_line()
@@ -208,67 +208,6 @@ class _Doubt:
             self._thread.join()
 
 
-class _Output:
-    """Standard output as it comes, or kept for JSON. What fails is told at the end.
-
-    Attributes:
-        kept: what came, for JSON.
-        error: why nothing more can be written, or None.
-        on_error: called when that happens.
-    """
-
-    PIECE = 4096
-    """PIPE_BUF: a pipe that select() finds writable takes so much without blocking (pipe(7))."""
-    PATIENCE = 0.2
-    """Seconds that a reader still has after give_up()."""
-
-    def __init__(self, fd: int | None) -> None:
-        self._fd = fd
-        self._last = b""
-        self._given_up = False
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC)
-        self.kept: list[bytes] = []
-        self.error: OSError | None = None
-        self.on_error: Callable[[], object] = lambda: None
-
-    def __call__(self, data: bytes) -> None:
-        self._last = data[-1:]
-        if self._fd is None:
-            self.kept.append(data)
-            return
-        while data and self.error is None:
-            try:
-                if not self._ready(self._fd):
-                    return
-                data = data[os.write(self._fd, data[: self.PIECE]) :]
-            except BlockingIOError:
-                pass  # somebody else made it so, and wrote in between
-            except OSError as error:
-                self.error = error
-                self.on_error()
-
-    def _ready(self, fd: int) -> bool:
-        """Wait until it can be written to; False if nobody waits for that any longer."""
-        poll = select.poll()
-        poll.register(fd, select.POLLOUT)
-        if not self._given_up:
-            poll.register(self._wake, select.POLLIN)
-            if any(ready == fd for ready, _ in poll.poll()):
-                return True
-            poll.unregister(self._wake)
-        return bool(poll.poll(self.PATIENCE * 1000))
-
-    def give_up(self) -> None:
-        """Wait no longer for a reader that does not read. Safe in a signal's handler."""
-        self._given_up = True
-        os.eventfd_write(self._wake, 1)
-
-    def close_line(self) -> None:
-        """On a terminal, keep our closing line apart from a last line that has no end."""
-        if self._last not in (b"", b"\n") and sys.stdout.isatty():
-            _say()
-
-
 def _tell(kernel: str, result: RunResult, panic: str, lines: list[str], verbose: bool) -> None:
     name = os.path.basename(kernel)
     code = "" if result.reason != reasons.DEBUG_EXIT else f" {result.code}"
@@ -294,7 +233,7 @@ _EXPLAINED = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)
 
 
 def _describe(
-    kernel: str, result: RunResult, exit_code: int, panic: str, console: bytes
+    kernel: str, result: RunResult, exit_code: int, panic: str, console: str
 ) -> dict[str, Any]:
     return {
         "kernel": kernel,
@@ -319,5 +258,5 @@ def _describe(
         ],
         "devices": result.devices,
         "error": None if result.error is None else str(result.error),
-        "console": console.decode("utf-8", "surrogateescape"),
+        "console": console,
     }

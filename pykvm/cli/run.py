@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import select
 import sys
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
@@ -30,6 +27,7 @@ from .common import (
     trace_option,
     write_json,
 )
+from .output import ConsoleOutput, standard_output
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -39,8 +37,6 @@ if TYPE_CHECKING:
     from pykvm.guestlib import Guest
     from pykvm.machine import Machine
     from pykvm.result import RunResult
-
-    Connection = tuple[Callable[[bytes], object], Callable[[], bytes]]
 
 _STDERR = ""
 """The value of --ioctls without a file."""
@@ -198,7 +194,7 @@ def run(
     if iopl is not None:
         found.iopl = int(iopl)
     with nullcontext() if ioctls is None else _trace(ioctls):
-        result, console = _run(
+        result, output = _run(
             found,
             max_exits,
             device,
@@ -208,11 +204,13 @@ def run(
             None if gdb is None else (gdb, gdb_anywhere),
             captured=as_json,
         )
+    if output.error is not None:
+        raise output.error
     code = exitcodes.exit_code(result, as_qemu=test_devices)
     if as_json:
-        write_json(_describe(found, result, code, console))
+        write_json(_describe(found, result, code, output.text))
     else:
-        _close_line(console)
+        output.close_line()
         click.echo(_summary(found, result), err=True)
     raise click.exceptions.Exit(code)
 
@@ -243,37 +241,43 @@ def _run(
     gdb: tuple[str, bool] | None,
     *,
     captured: bool,
-) -> tuple[RunResult, bytes]:
+) -> tuple[RunResult, ConsoleOutput]:
     """Run a guest on a machine of its own.
 
     Returns:
-        How it ended, and what it printed: all if ``captured``, else the last item.
+        How it ended, and what became of its console.
     """
     from pykvm.debug.export import traced
-    from pykvm.guestlib import CONSOLE_PORT, EXIT_PORT
+    from pykvm.guestlib import EXIT_PORT
 
-    with _machine(guest, device) as m:
-        show, finish = (_capture if captured else _connect)(m, CONSOLE_PORT)
-        if test_devices:
-            m.test_devices(byte_ports=False)  # the console is in their midst
-        else:
-            m.debug_exit(EXIT_PORT)
-        with _usage():
-            for disk in disks:
-                m.disk(disk)
-            try:
-                guest.prepare(m, show)
-            except (AsmError, BootError) as error:
-                raise type(error)(f"{guest.name}: {error}") from error
-        with _usage():
-            watched = traced(m, *trace)
-        with watched:
-            if gdb is None:
-                result = m.run(guest.timeout, max_exits=max_exits)
+    from .signals import EndingSignals
+
+    with (
+        _machine(guest, device) as m,
+        ConsoleOutput(None if captured else standard_output()) as output,
+    ):
+        output.on_error = m.stop
+        with _console(m, output) as show:
+            if test_devices:
+                m.test_devices(byte_ports=False)  # the console is in their midst
             else:
-                with _usage():
-                    result = _under_gdb(m, gdb, guest.timeout, max_exits)
-        return result, finish()
+                m.debug_exit(EXIT_PORT)
+            with _usage():
+                for disk in disks:
+                    m.disk(disk)
+                try:
+                    guest.prepare(m, show)
+                except (AsmError, BootError) as error:
+                    raise type(error)(f"{guest.name}: {error}") from error
+            with _usage():
+                watched = traced(m, *trace)
+            with watched, EndingSignals(m, output.give_up):
+                if gdb is None:
+                    result = m.run(guest.timeout, max_exits=max_exits)
+                else:
+                    with _usage():
+                        result = _under_gdb(m, gdb, guest.timeout, max_exits)
+        return result, output
 
 
 def _under_gdb(
@@ -318,62 +322,30 @@ def _machine(guest: Guest, device: str) -> Machine:
         raise CapabilityError("\n".join(lines)) from error
 
 
-def _capture(m: Machine, port: int) -> Connection:
-    """Keep what is written to a port.
+@contextmanager
+def _console(m: Machine, output: ConsoleOutput) -> Iterator[Callable[[bytes], object]]:
+    """Pass on what is written to the console's port.
 
-    Returns:
-        A function for what comes from elsewhere, and one that gives all of it, in order.
+    Yields:
+        A function for what comes from elsewhere, in its order.
     """
-    fifo = m.pio.fifo(port)
-    kept: list[bytes] = []
+    from pykvm.guestlib import CONSOLE_PORT
+
+    if not output.captures:
+        m.on_pio(CONSOLE_PORT, lambda access: output(access.data) if access.is_write else None)
+        yield output
+        return
+    fifo = m.pio.fifo(CONSOLE_PORT)  # nobody reads along: C keeps it
 
     def show(data: bytes) -> None:
-        kept.extend((fifo.read(), data))
+        output(fifo.read())
+        output(data)
 
-    return show, lambda: b"".join([*kept, fifo.read()])
-
-
-def _connect(m: Machine, port: int) -> Connection:
-    """Pass what is written to a port on to standard output, at once and as it is.
-
-    Returns:
-        A function for what comes from elsewhere, and one that gives the item that came last, or
-        b"".
-    """
-    if sys.stdout is None:  # it was closed when we started
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF), "standard output")
-    fd = sys.stdout.fileno()
-    last = b""
-
-    def show(data: bytes) -> None:
-        nonlocal last
-        last = data
-        _write(fd, data)
-
-    def console(access: Any) -> None:
-        if access.is_write:
-            show(access.data)
-
-    m.on_pio(port, console)
-    return show, lambda: last
-
-
-def _write(fd: int, data: bytes) -> None:
-    """Write all of it, also where somebody has made the descriptor non-blocking."""
-    while data:
-        try:
-            data = data[os.write(fd, data) :]
-        except BlockingIOError:
-            select.select([], [fd], [])
+    yield show
+    output(fifo.read())
 
 
 # ---- telling how it ended ----------------------------------------------------------------------
-
-
-def _close_line(console: bytes) -> None:
-    """On a terminal, keep the closing line apart from a last line that has no end."""
-    if console and not console.endswith(b"\n") and sys.stdout.isatty() and sys.stderr.isatty():
-        click.echo(err=True)
 
 
 def _summary(guest: Guest, result: RunResult) -> str:
@@ -410,7 +382,7 @@ def _details(result: RunResult) -> Iterator[str]:
             yield f"  {hint}"
 
 
-def _describe(guest: Guest, result: RunResult, exit_code: int, console: bytes) -> dict[str, Any]:
+def _describe(guest: Guest, result: RunResult, exit_code: int, console: str) -> dict[str, Any]:
     return {
         "guest": guest.name,
         "reason": result.reason,
@@ -432,5 +404,5 @@ def _describe(guest: Guest, result: RunResult, exit_code: int, console: bytes) -
         ],
         "devices": result.devices,
         "error": None if result.error is None else str(result.error),
-        "console": console.decode("utf-8", "surrogateescape"),
+        "console": console,
     }

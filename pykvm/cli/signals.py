@@ -1,4 +1,4 @@
-"""Signals that end a boot: it ends the ordinary way, and says where the guest was."""
+"""Signals that end a run: it ends the ordinary way, and says where the guest was."""
 
 from __future__ import annotations
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -130,19 +132,46 @@ def test_a_wide_write_to_the_console_is_all_its_bytes(
     assert done.stdout == b"abcd"
 
 
-def test_the_console_is_live_and_ctrl_c_ends_the_run(
-    flat: Callable[[bytes], str], start: Callable[..., subprocess.Popen[bytes]]
+ENDING = [
+    (signal.SIGINT, b"interrupted", exitcodes.INTERRUPTED),
+    (signal.SIGTERM, b"terminated 15", exitcodes.TERMINATED),
+    (signal.SIGHUP, b"terminated 1", exitcodes.HANGUP),
+]
+
+
+@pytest.mark.parametrize(("number", "said", "code"), ENDING)
+def test_the_console_is_live_and_a_signal_ends_the_run(
+    flat: Callable[[bytes], str],
+    start: Callable[..., subprocess.Popen[bytes]],
+    number: int,
+    said: bytes,
+    code: int,
 ) -> None:
     process = start("run", "--timeout", "none", flat(mov_al(0x41) + OUT + LOOP))
     assert process.stdout is not None
     assert os.read(process.stdout.fileno(), 10) == b"A"  # and it runs on
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate()
-    assert process.returncode == exitcodes.INTERRUPTED
-    assert b"guest.bin: interrupted after 1 exit" in stderr
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert b"guest.bin: " + said + b" after 1 exit" in stderr
     # In the loop, or still at the OUT, which is complete only when the guest is entered again.
     assert re.search(rb"cpu 0 running at rip 0x800[24] ", stderr)
     assert b"Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("number", "code"), [(number, code) for number, _, code in ENDING])
+def test_a_reader_that_never_reads_does_not_keep_the_run(
+    flat: Callable[[bytes], str],
+    start: Callable[..., subprocess.Popen[bytes]],
+    number: int,
+    code: int,
+) -> None:
+    process = start("run", "--timeout", "none", flat(OUT + b"\xeb\xfc"))
+    assert process.stdout is not None
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)  # soon full
+    select.select([process.stdout], [], [])
+    process.send_signal(number)
+    assert process.wait(60) == code
 
 
 def test_a_reader_that_has_left_ends_the_run_in_silence(

@@ -23,6 +23,7 @@ from pykvm.cli import exitcodes
 from pykvm.cli import run as run_module
 from pykvm.cli.common import Count, Seconds, Size
 from pykvm.cli.main import cli
+from pykvm.cli.output import ConsoleOutput
 from pykvm.doctor import host, measure
 from pykvm.result import RunResult
 
@@ -275,7 +276,9 @@ def test_the_console_writes_everything_to_a_descriptor_that_does_not_block() -> 
     thread = threading.Thread(target=reader)
     thread.start()
     try:
-        run_module._write(write, sent)
+        with ConsoleOutput(write) as output:
+            output(sent)
+        assert output.error is None
     finally:
         os.close(write)
         thread.join()
