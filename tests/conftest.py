@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
@@ -55,6 +56,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # capstone is loaded with RTLD_DEEPBIND, and ASan ends a process that does that.
         for name in ("capstone", "unicorn"):
             sys.modules[name] = None  # type: ignore[assignment]
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # So it is for what a shell starts in the background; what tests start must get Ctrl-C.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # Output is not yet captured here: this is the terminal, whatever a test does to fd 2.
     config.stash[_STDERR] = os.fdopen(os.dup(2), "w")
     problem = kvm_problem()
