@@ -1,4 +1,4 @@
-/* first_exit.c - from nothing to the first exit, with the ioctls that it takes. */
+/* first_exit.c - from nothing (or a file of memory) to the first exit, with the ioctls it takes. */
 #include "raw.h"
 
 int prepare(void)
@@ -7,7 +7,8 @@ int prepare(void)
 }
 
 /*
- * Nanoseconds from open("/dev/kvm") to the first exit; -errno, or -ENOEXEC if that is no OUT.
+ * Nanoseconds from open("/dev/kvm") to the first exit; -errno, or -ENOEXEC if that is neither OUT
+ * nor HLT.
  * *whole: the same with everything closed again.
  */
 int64_t first_exit(const struct raw_guest *guest, int64_t *whole)
@@ -17,8 +18,10 @@ int64_t first_exit(const struct raw_guest *guest, int64_t *whole)
     int64_t result = raw_open(&raw, guest);
     if (!result && ioctl(raw.vcpu, KVM_RUN, 0) < 0)
         result = -errno;
-    if (!result)
-        result = raw.run->exit_reason == KVM_EXIT_IO ? now() - start : -ENOEXEC;
+    if (!result) {
+        uint32_t reason = raw.run->exit_reason;
+        result = reason == KVM_EXIT_IO || reason == KVM_EXIT_HLT ? now() - start : -ENOEXEC;
+    }
     raw_close(&raw);
     *whole = now() - start;
     return result;

@@ -6,8 +6,6 @@ same, and CPUID was asked of KVM before. Closing is not counted, except where th
 
 from __future__ import annotations
 
-import ctypes
-import os
 import time
 from collections.abc import Callable, Iterator
 from time import perf_counter_ns
@@ -15,7 +13,7 @@ from typing import Any
 
 import pykvm
 from benches.measure import BenchError, Goal, Result, Sampler, compare, take_turns
-from benches.reference import Guest, build
+from benches.reference import Guest, in_c
 
 C_ONLY = False
 
@@ -88,23 +86,10 @@ def _made(mode: str, code: bytes) -> Sampler:
 
 def _in_c(mode: str, code: bytes) -> tuple[Sampler, Sampler]:
     """To the first exit, and with closing."""
-    library = build("first_exit.c")
-    library.first_exit.restype = ctypes.c_int64
     with pykvm.Machine(memory="2M") as m:
         m.load(code, at=ENTRY)
         m.cpu.enter(mode, entry=ENTRY)
-        guest = Guest(m)
-    if error := library.prepare():
-        raise BenchError(f"the C reference: {os.strerror(-error)}")
-
-    def both() -> tuple[float, float]:
-        whole = ctypes.c_int64()
-        first: int = library.first_exit(ctypes.byref(guest), ctypes.byref(whole))
-        if first < 0:
-            raise BenchError(f"the C reference: {os.strerror(-first)}")
-        return first / 1000, whole.value / 1000
-
-    return lambda: both()[0], lambda: both()[1]
+        return in_c(Guest(m))
 
 
 def _wait_until_full(pool: pykvm.Pool) -> None:

@@ -18,19 +18,24 @@
 #define MAX_CPUID 256
 #define ALIGNMENT (2 << 20) /* KVM can then map large pages, for it as for ours */
 
-/* What to run: the state of one vCPU, and `used` bytes of memory from guest address 0 on. */
+/*
+ * What to run: the state of one vCPU, and `used` bytes of memory from guest address 0 on; or, with a
+ * path, memory that is a private mapping of that file from `offset` on.
+ */
 struct raw_guest {
     uint64_t memory_size;
     uint64_t used;
     const void *image;
     const struct kvm_regs *regs;
     const struct kvm_sregs *sregs;
+    const char *path;
+    uint64_t offset;
 };
 
 struct raw {
     struct kvm_run *run;
     void *memory;
-    size_t memory_size;
+    size_t mapped;
     size_t run_size;
     int kvm;
     int vm;
@@ -73,7 +78,7 @@ static void raw_close(struct raw *raw)
     if (raw->kvm >= 0)
         close(raw->kvm);
     if (raw->memory && raw->memory != MAP_FAILED)
-        munmap(raw->memory, raw->memory_size + ALIGNMENT);
+        munmap(raw->memory, raw->mapped);
 }
 
 /* Read, changed, and handed over with the next KVM_RUN where KVM can do that. */
@@ -98,10 +103,35 @@ static int raw_set_registers(struct raw *raw, const struct raw_guest *guest)
     return 0;
 }
 
+/* Memory for the guest, and where it begins: 0 or -errno. */
+static int raw_map(struct raw *raw, const struct raw_guest *guest, uint64_t *ram)
+{
+    int fd = -1, flags = MAP_PRIVATE | MAP_NORESERVE;
+    raw->mapped = guest->memory_size;
+    if (guest->path) {
+        fd = open(guest->path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return -errno;
+    } else {
+        raw->mapped += ALIGNMENT;
+        flags |= MAP_ANONYMOUS;
+    }
+    raw->memory = mmap(NULL, raw->mapped, PROT_READ | PROT_WRITE, flags, fd, (off_t)guest->offset);
+    int error = raw->memory == MAP_FAILED ? -errno : 0;
+    *ram = (uint64_t)raw->memory;
+    if (fd >= 0) {
+        close(fd);
+    } else if (!error) {
+        *ram = (*ram + ALIGNMENT - 1) & ~(uint64_t)(ALIGNMENT - 1);
+        memcpy((void *)*ram, guest->image, guest->used);
+    }
+    return error;
+}
+
 /* From nothing to a vCPU that is ready to run. 0 or -errno; raw_close() either way. */
 static int raw_open(struct raw *raw, const struct raw_guest *guest)
 {
-    *raw = (struct raw){.kvm = -1, .vm = -1, .vcpu = -1, .memory_size = guest->memory_size};
+    *raw = (struct raw){.kvm = -1, .vm = -1, .vcpu = -1};
     raw->kvm = open("/dev/kvm", O_RDWR | O_CLOEXEC);
     if (raw->kvm < 0)
         return -errno;
@@ -115,12 +145,10 @@ static int raw_open(struct raw *raw, const struct raw_guest *guest)
     if (raw->vm < 0)
         return -errno;
 
-    raw->memory = mmap(NULL, raw->memory_size + ALIGNMENT, PROT_READ | PROT_WRITE,
-                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (raw->memory == MAP_FAILED)
-        return -errno;
-    uint64_t ram = ((uint64_t)raw->memory + ALIGNMENT - 1) & ~(uint64_t)(ALIGNMENT - 1);
-    memcpy((void *)ram, guest->image, guest->used);
+    uint64_t ram;
+    int error = raw_map(raw, guest, &ram);
+    if (error)
+        return error;
     struct kvm_userspace_memory_region region = {
         .slot = 0,
         .guest_phys_addr = 0,

@@ -17,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from benches.measure import BenchError
+from benches.measure import BenchError, Sampler
 from pykvm import Machine
 from pykvm._abi import ffi
 
@@ -56,7 +56,12 @@ def pointer(cdata: Any) -> int:
 
 
 class Guest(ctypes.Structure):
-    """``struct raw_guest``: the guest of a machine that has not run yet, for the C reference."""
+    """``struct raw_guest``: the guest of a machine that has not run yet, for the C reference.
+
+    Args:
+        machine: the machine.
+        file: a file that has its memory, and from where on; else it is copied.
+    """
 
     _fields_ = (
         ("memory_size", ctypes.c_uint64),
@@ -64,15 +69,35 @@ class Guest(ctypes.Structure):
         ("image", ctypes.c_char_p),
         ("regs", ctypes.c_void_p),
         ("sregs", ctypes.c_void_p),
+        ("path", ctypes.c_char_p),
+        ("offset", ctypes.c_uint64),
     )
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, file: tuple[Path, int] | None = None) -> None:
         (region,) = machine.memory.regions
-        memory = bytes(machine.memory[0 : region.memory_size])
-        used = len(memory.rstrip(b"\0"))
+        size = region.memory_size
+        image = b"" if file else bytes(machine.memory[0:size]).rstrip(b"\0")
         vcpu = machine.cpu.vcpu
         self._keep = vcpu.get_regs(), vcpu.get_sregs()
-        super().__init__(len(memory), used, memory[:used], *map(pointer, self._keep))
+        path, offset = (bytes(file[0]), file[1]) if file else (None, 0)
+        super().__init__(size, len(image), image, *map(pointer, self._keep), path, offset)
+
+
+def in_c(guest: Guest) -> tuple[Sampler, Sampler]:
+    """From nothing to a guest's first exit, an OUT or HLT, in µs; and with closing."""
+    library = build("first_exit.c")
+    library.first_exit.restype = ctypes.c_int64
+    if error := library.prepare():
+        raise BenchError(f"the C reference: {os.strerror(-error)}")
+
+    def both() -> tuple[float, float]:
+        whole = ctypes.c_int64()
+        first: int = library.first_exit(ctypes.byref(guest), ctypes.byref(whole))
+        if first < 0:
+            raise BenchError(f"the C reference: {os.strerror(-first)}")
+        return first / 1000, whole.value / 1000
+
+    return lambda: both()[0], lambda: both()[1]
 
 
 class RawVm:

@@ -34,6 +34,7 @@ QUESTIONS = (
     "snapshot-reset",
     "snapshot-unstable",
     "snapshot-fork",
+    "snapshot-restore",
     "first-exit",
     "first-byte",
     "boot-startup",

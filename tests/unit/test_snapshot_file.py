@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
+from base64 import b64decode, b64encode
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +138,43 @@ def test_a_forged_header_is_refused_or_makes_sense(saved: Path, data: st.DataObj
         return
     contents(image)
     image.close()
+
+
+def held(path: Path) -> bytes:
+    """The map of the first region's pages, packed."""
+    line, _, rest = path.read_bytes().partition(b"\n")
+    header = json.loads(rest[: int(line.split(b" ")[2])])
+    return b64decode(header["memory"]["parts"][0]["held"])
+
+
+def test_memory_that_is_not_used_costs_loading_nothing(tmp_path: Path) -> None:
+    with GuestMemory("1G") as memory:
+        memory.write(0x41000, b"x")
+        image = images.capture(memory)
+        files.save({"id": "a" * 32}, image, str(tmp_path / "low"), None)
+        memory.write((1 << 30) - 1, b"y")
+        above = images.capture(memory)
+        files.save({"id": "b" * 32}, above, str(tmp_path / "high"), None)
+        image.close()
+        above.close()
+    assert zlib.decompress(held(tmp_path / "low")) == bytes(8) + b"\2"
+    for name, last in (("low", b"\0"), ("high", b"y")):
+        _, image = files.load(str(tmp_path / name), True)
+        assert image.read(0x41000, 1) == b"x" and image.read((1 << 30) - 1, 1) == last
+        image.close()
+
+
+@pytest.mark.parametrize("change", [lambda packed: packed[:-5], lambda _: zlib.compress(bytes(9))])
+def test_a_map_of_pages_that_is_none_is_refused(
+    saved: Path, tmp_path: Path, change: Callable[[bytes], bytes]
+) -> None:
+    def forge(header: Any) -> None:
+        part = header["memory"]["parts"][0]
+        part["held"] = part["pages"] = b64encode(change(b64decode(part["held"]))).decode()
+
+    (tmp_path / "forged").write_bytes(forged((saved / "base").read_bytes(), forge))
+    with pytest.raises(SnapshotError, match="a map of pages is not one of its region"):
+        files.load(str(tmp_path / "forged"), False)
 
 
 def test_a_chain_in_a_circle_ends(saved: Path) -> None:
