@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from typing import Any, TypeVar
 
     from pykvm.cpu import Cpu
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.kvm import Vm
     from pykvm.memory import GuestMemory

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from pykvm.boot import BootPlan
     from pykvm.console import Console
-    from pykvm.devices.bus import Claim, Handler
+    from pykvm.devices.claim import Claim, Handler
     from pykvm.devices.pci import PciRoot
     from pykvm.host import Host
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip

@@ -5,7 +5,7 @@ The general ones are written in C, ``csrc/registers.c``: handlers read them on e
 
 from __future__ import annotations
 
-from operator import index
+from _operator import index  # `operator` itself costs an import
 
 from pykvm._typing import overload
 

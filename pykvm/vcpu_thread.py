@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import errno
 import time
+from _operator import index  # `operator` itself costs an import
 from _thread import get_ident
-from operator import index
 
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from pykvm.debug.debugger import Debugger
     from pykvm.debug.stops import Stop
     from pykvm.devices.access import Access
-    from pykvm.devices.bus import Bus, Handler
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Handler
     from pykvm.kvm import Vcpu
 
 NEVER = (1 << 63) - 1

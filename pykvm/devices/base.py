@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.devices.access import Access
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
 
 State = dict[str, "Any"]
 """The state of a device: plain data that survives JSON."""

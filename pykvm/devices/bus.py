@@ -8,11 +8,11 @@ by an action in C, which costs no Python, or by a Python handler. The C loop rea
 from __future__ import annotations
 
 import os
-import time
 from _thread import RLock
 
 from pykvm._abi import ffi, lib
 from pykvm.devices import KEEP_BYTES
+from pykvm.devices.claim import Claim, free_slot, release_slot, take_slot
 from pykvm.errors import BusOverlapError
 
 TYPE_CHECKING = False
@@ -20,231 +20,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-    from pykvm.devices.access import Access
+    from pykvm.devices.claim import Handler
+    from pykvm.devices.in_c import PciPorts
     from pykvm.devices.ring import Fifo, Log
     from pykvm.devices.serial import Serial
     from pykvm.devices.virtio.blk_fast import FastPath
 
-    Handler = Callable[[Any], int | None]
-    DoorbellFn = Callable[["Claim", int, int | None, bool], bool]
+    DoorbellFn = Callable[[Claim, int, int | None, bool], bool]
 
 RETIRED_MOST = 32
 """So much may wait for vCPUs to let go of it before they are asked to; their heartbeat would be
 enough, but for a guest that never stops changing claims."""
-
-ALL_ONES = -1
-"""The answer of an empty bus, whatever the width."""
-
-
-def _no_handler(access: Access) -> int | None:
-    """Stand in for the handler of a claim that has none, or that was released."""
-    return None
-
-
-class Claim:
-    """A claimed range: first and last address inclusive, and what serves it.
-
-    Attributes:
-        bus: the bus it is on.
-        first, last: ports or guest-physical addresses.
-        on_read, on_write: the actions, ``PYKVM_*`` of ``enum pykvm_action``.
-        value: what reads answer where the action does not say.
-        handler: the Python handler, or None.
-        device: the :class:`Fifo`, :class:`Log`, ``Serial``, :class:`Clock`, :class:`Latch` or
-            :class:`PciPorts` behind it, or None.
-        c: the ``struct pykvm_range``, once it is on the bus.
-        fd: of an eventfd claim a duplicate of the eventfd, which is closed on release; else -1.
-    """
-
-    __slots__ = (
-        "bus", "c", "device", "fd", "first", "handler", "in_kernel", "last", "on_read",
-        "on_write", "slot", "tag", "value",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        bus: Bus,
-        first: int,
-        last: int,
-        on_read: int,
-        on_write: int,
-        value: int = 0,
-        handler: Handler | None = None,
-        device: Any = None,
-        tag: str = "",
-        fd: int = -1,
-    ) -> None:
-        self.bus = bus
-        self.first = first
-        self.last = last
-        self.on_read = on_read
-        self.on_write = on_write
-        self.value = value
-        self.handler = handler
-        self.device = device
-        self.fd = fd
-        self.tag = tag
-        self.slot = 0
-        self.in_kernel: list[tuple[int, int | None]] = []
-        self.c: Any = None
-
-    @property
-    def drains(self) -> bool:
-        """Whether a ring lies between C and its device, which ``device.drain()`` empties."""
-        return hasattr(self.device, "drain")
-
-    @property
-    def hits(self) -> int:
-        """Accesses so far. Those that an in-kernel ioeventfd took do not reach us to be counted."""
-        return 0 if self.c is None else int(self.c.hits)
-
-    def place(self, slot: int) -> None:
-        """Take a slot, and make the range for C."""
-        self.slot = slot
-        self.c = c = ffi.new("struct pykvm_range *")
-        c.first, c.last, c.value = self.first, self.last, self.value
-        c.on_read, c.on_write, c.slot, c.fd = self.on_read, self.on_write, slot, self.fd
-        actions = (self.on_read, self.on_write)
-        if lib.PYKVM_LOG in actions or lib.PYKVM_FIFO in actions:
-            c.out = self.device.output.c
-        if lib.PYKVM_FIFO in actions:
-            setattr(c, "in", self.device.input.c)
-        elif self.on_read in _IN_DEVICE or self.on_write == lib.PYKVM_BLK:
-            c.device = self.device.c
-
-    def release(self) -> None:
-        """Give the range back; its eventfds are closed. Idempotent."""
-        self.bus.release(self)
-
-    def _close(self) -> None:
-        """Close what it opened; nobody serves it any more."""
-        fd, self.fd = self.fd, -1
-        if fd >= 0:
-            os.close(fd)
-        if self.on_write in (lib.PYKVM_FIFO, lib.PYKVM_LOG):  # made for this claim alone
-            self.device.close()
-
-    def __repr__(self) -> str:
-        names = {self.on_read: "", self.on_write: ""}
-        actions = "/".join(_ACTION_NAMES[a] for a in names)
-        return f"<{self.bus.name} {self.first:#x}..{self.last:#x} {actions}, {self.hits} hits>"
-
-
-_ACTION_NAMES = {
-    lib.PYKVM_PYTHON: "python",
-    lib.PYKVM_IGNORE: "ignore",
-    lib.PYKVM_CONSTANT: "constant",
-    lib.PYKVM_LOG: "log",
-    lib.PYKVM_FIFO: "fifo",
-    lib.PYKVM_EVENTFD: "eventfd",
-    lib.PYKVM_STOP: "stop",
-    lib.PYKVM_UART: "uart",
-    lib.PYKVM_CLOCK: "clock",
-    lib.PYKVM_LATCH: "latch",
-    lib.PYKVM_PCI_ADDRESS: "pci",
-    lib.PYKVM_PCI_DATA: "pci",
-    lib.PYKVM_BLK: "blk",
-}
-
-
-class Clock:
-    """A counter that runs at a fixed rate, from 0 when it was made.
-
-    Attributes:
-        hz: its rate.
-        c: the ``struct pykvm_clock``.
-    """
-
-    __slots__ = ("c", "hz")
-
-    def __init__(self, hz: int) -> None:
-        if not 0 < hz < 1 << 64:
-            raise ValueError(f"a clock runs at 1..{(1 << 64) - 1} Hz, not {hz}")
-        self.hz = hz
-        self.c = ffi.new("struct pykvm_clock *", {"hz": hz})
-        self.set(0)
-
-    def now(self) -> int:
-        """What a guest would read, without regard to the width."""
-        return int(lib.pykvm_clock_read(self.c))
-
-    def set(self, ticks: int) -> None:
-        """Have it show ``ticks`` now, and run on from there."""
-        self.c.base = ticks
-        self.c.start = time.monotonic_ns()
-
-    def state(self) -> dict[str, Any]:
-        """What it shows."""
-        return {"ticks": self.now()}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Run on from there."""
-        self.set(state["ticks"])
-
-
-class Latch:
-    """Bits that a device sets and a guest takes back, as interrupt status registers have them.
-
-    Attributes:
-        c: the ``struct pykvm_latch``.
-    """
-
-    __slots__ = ("c",)
-
-    def __init__(self) -> None:
-        self.c = ffi.new("struct pykvm_latch *")
-
-    @property
-    def bits(self) -> int:
-        """The bits that are set."""
-        return int(self.c.bits)
-
-    @bits.setter
-    def bits(self, bits: int) -> None:
-        self.c.bits = bits
-
-    def set(self, bits: int) -> None:
-        """Set bits, beside those that are; from any thread."""
-        lib.pykvm_latch_set(self.c, bits)
-
-    def state(self) -> dict[str, Any]:
-        """The bits."""
-        return {"bits": self.bits}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Take them back."""
-        self.bits = state["bits"]
-
-
-class PciPorts:
-    """What C reads of PCI's configuration space: function 0 of 32 devices on bus 0.
-
-    Attributes:
-        c: the ``struct pykvm_pci``.
-    """
-
-    __slots__ = ("_kept", "c")
-
-    def __init__(self) -> None:
-        self.c = ffi.new("struct pykvm_pci *")
-        self._kept: dict[int, Any] = {}
-
-    @property
-    def address(self) -> int:
-        """The address register."""
-        return int(self.c.address)
-
-    @address.setter
-    def address(self, value: int) -> None:
-        self.c.address = value
-
-    def show(self, device: int, config: bytearray, live: int = 0) -> None:
-        """Have C answer reads from the 256 bytes of ``config``, but for the 4 from ``live`` on."""
-        if len(config) != 256:
-            raise ValueError(f"a configuration space has 256 bytes, not {len(config)}")
-        self._kept[device] = found = ffi.from_buffer("uint8_t[]", config, require_writable=True)
-        self.c.live[device] = live
-        self.c.config[device] = found
 
 
 class Bus:
@@ -359,18 +145,22 @@ class Bus:
         return self._claim(first, length, on_read, lib.PYKVM_STOP, value or 0, tag=tag)
 
     def clock(self, first: int, hz: int, length: int = 4) -> Claim:
-        """Reads answer a :class:`Clock` that ticks ``hz`` times a second, its low ``length`` bytes.
+        """Reads answer a ``Clock`` that ticks ``hz`` times a second, its low ``length`` bytes.
 
         An access at an offset reads the bytes from there on. Writes vanish.
         """
         if not 1 <= length <= 8:
             raise ValueError(f"a clock is 1..8 bytes wide, not {length}")
+        from pykvm.devices.in_c import Clock
+
         return self._claim(first, length, lib.PYKVM_CLOCK, lib.PYKVM_CLOCK, device=Clock(hz))
 
     def latch(self, first: int) -> Claim:
-        """A :class:`Latch` (``claim.device``) of two 32-bit registers: one reads its bits, the next
+        """A ``Latch`` (``claim.device``) of two 32-bit registers: one reads its bits, the next
         clears those that are written as ones. Other widths and offsets read zero.
         """
+        from pykvm.devices.in_c import Latch
+
         return self._claim(first, 8, lib.PYKVM_LATCH, lib.PYKVM_LATCH, device=Latch())
 
     def pci(self, first: int, ports: PciPorts, handler: Handler) -> tuple[Claim, Claim]:
@@ -435,7 +225,7 @@ class Bus:
                 log = Log(sink=sink, keep=keep)
                 ones = (1 << 64) - 1
                 rest = Claim(self, 0, last, lib.PYKVM_LOG, lib.PYKVM_LOG, ones, device=log)
-            rest.place(self._take_slot(rest))
+            self._place(rest)
             self._rest = rest
             self._changed()
             return rest
@@ -492,29 +282,15 @@ class Bus:
             for other in claims[max(at - 1, 0) : at + 1]:
                 if other.first <= claim.last and claim.first <= other.last:
                     raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
-            claim.place(self._take_slot(claim))
+            self._place(claim)
             self._claims = [*claims[:at], claim, *claims[at:]]
             self._changed()
         return claim
 
-    def _take_slot(self, claim: Claim) -> int:
-        """Every claim has a slot: C names its handler by it.
-
-        That of a claim just released is taken only for want of others: an access to it may be on
-        its way.
-        """
+    def _place(self, claim: Claim) -> None:
         if self._retired:
             self._let_go()
-        handler = claim.handler or _no_handler
-        full = len(self._slots) >= lib.PYKVM_SLOTS
-        for number, taken in enumerate(self._slots):
-            if taken is _free or (full and taken is _released):
-                self._slots[number] = handler
-                return number
-        if full:
-            raise BusOverlapError(f"a machine has at most {lib.PYKVM_SLOTS} claims")
-        self._slots.append(handler)
-        return len(self._slots) - 1
+        claim.place(take_slot(self._slots, claim.handler))
 
     def release(self, claim: Claim) -> None:
         """Give a range back. Idempotent."""
@@ -529,7 +305,7 @@ class Bus:
                 assert self._doorbell is not None
                 self._doorbell(claim, size, datamatch, False)
             claim.in_kernel.clear()
-            self._slots[claim.slot] = _released
+            release_slot(self._slots, claim.slot)
             self._changed(claim)
 
     # ---- looking up ----------------------------------------------------------------------------
@@ -552,7 +328,7 @@ class Bus:
 
     def claims(self) -> tuple[Claim, ...]:
         """Every claim by address, and last the one over what is unclaimed, if there is one."""
-        return self._all()
+        return (*self._claims, self._rest) if self._rest else tuple(self._claims)
 
     def __len__(self) -> int:
         return len(self._claims)
@@ -562,20 +338,16 @@ class Bus:
 
     def drain(self) -> None:
         """Empty every ring into its Python end; over the limit, what is in the ring waits there."""
-        for claim in self._all():
+        for claim in self.claims():
             if claim.drains:
                 claim.device.drain(at_end=True)
-
-    def _all(self) -> tuple[Claim, ...]:
-        """Every claim, that over unclaimed addresses last."""
-        return (*self._claims, self._rest) if self._rest else tuple(self._claims)
 
     def close(self) -> None:
         """Release every claim. No vCPU may use this bus any more."""
         for vcpu in self._vcpus:
             setattr(vcpu, self.name, ffi.NULL)
         self._vcpus.clear()
-        for claim in self._all():
+        for claim in self.claims():
             claim.in_kernel.clear()  # they go with the VM's fd
             self.release(claim)
         self._changed()
@@ -585,7 +357,7 @@ class Bus:
     def attach(self, vcpu: Any) -> None:
         """Let a ``struct pykvm_vcpu`` use this bus from now on."""
         self._vcpus.append(vcpu)
-        if self._table is None and self._all():  # without a table nothing is claimed
+        if self._table is None and self.claims():  # without a table nothing is claimed
             self._table = self._build()
         if self._table is not None:
             setattr(vcpu, self.name, self._table[0])
@@ -610,9 +382,8 @@ class Bus:
             if any(vcpu.tid and vcpu.entries == entries for vcpu, entries in since):
                 self._retired.append((since, table, claim))
             elif claim is not None:
-                if self._slots[claim.slot] is _released:
-                    self._slots[claim.slot] = _free
-                claim._close()
+                free_slot(self._slots, claim.slot)
+                claim.forget()
         if len(self._retired) > RETIRED_MOST:
             # A guest that moves its devices about must not fill the host, nor take its descriptors,
             # while another vCPU of it sleeps.
@@ -620,7 +391,7 @@ class Bus:
                 lib.pykvm_vcpu_nudge(vcpu)
 
     def _build(self) -> Any:
-        claims = self._all()
+        claims = self.claims()
         ranges = ffi.new("struct pykvm_range *[]", [claim.c for claim in claims])
         table = ffi.new("struct pykvm_table *")
         table.count = len(self._claims)
@@ -628,12 +399,6 @@ class Bus:
         if self._rest is not None:
             table.rest = self._rest.c
         return table, ranges, claims  # the claims keep ranges, rings and devices alive
-
-
-_IN_DEVICE = (
-    lib.PYKVM_UART, lib.PYKVM_CLOCK, lib.PYKVM_LATCH, lib.PYKVM_PCI_ADDRESS, lib.PYKVM_PCI_DATA,
-)  # fmt: skip
-"""Actions whose state is a C structure of the device's."""
 
 
 def _position(claims: list[Claim], first: int) -> int:
@@ -646,13 +411,3 @@ def _position(claims: list[Claim], first: int) -> int:
         else:
             high = middle
     return low
-
-
-def _free(access: Access) -> int | None:
-    """Mark a slot that belongs to no claim."""
-    return None
-
-
-def _released(access: Access) -> int | None:
-    """Mark the slot of a claim that was released. A late access finds an empty bus."""
-    return None

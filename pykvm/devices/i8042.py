@@ -9,7 +9,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pykvm.devices.access import Access
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
 
 DATA, COMMAND = 0, 4
 """Offsets of the two ports; the three between belong to others."""

@@ -14,7 +14,7 @@ from struct import pack_into
 
 from pykvm.arch.x86_64 import pc
 from pykvm.devices.base import Device
-from pykvm.devices.bus import PciPorts
+from pykvm.devices.in_c import PciPorts
 from pykvm.errors import BusOverlapError
 
 TYPE_CHECKING = False
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from pykvm.devices.access import PioAccess
     from pykvm.devices.base import State
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
 
 SIZE = 256
 """Bytes of a function's configuration space."""

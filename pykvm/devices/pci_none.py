@@ -6,7 +6,8 @@ from pykvm.devices.base import Device
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
 
 
 class PciNone(Device):

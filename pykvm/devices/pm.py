@@ -14,7 +14,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
 
 STATUS, ENABLE, CONTROL = PM_EVENT, PM_EVENT + 2, PM_CONTROL
 """Offsets of the registers of 16 bits."""

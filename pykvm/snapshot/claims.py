@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
 
 _ONES = (1 << 64) - 1
 

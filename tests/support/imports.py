@@ -35,6 +35,8 @@ ABI_USERS = {
     "kvm": "ioctls and their structures",
     "memory": "mappings",
     "devices.bus": "fills the table of ranges that C looks addresses up in",
+    "devices.claim": "fills the ranges",
+    "devices.in_c": "small devices that C serves",
     "devices.ring": "drains the rings that C fills",
     "devices.disk.host": "fallocate and a block device's ioctls",
     "devices.serial": "the registers of a UART, which C serves",

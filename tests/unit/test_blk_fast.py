@@ -15,9 +15,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from pykvm._abi import ffi, lib
-from pykvm.devices.bus import Latch
 from pykvm.devices.disk.host import HostFile
 from pykvm.devices.disk.raw import RawDisk, open_raw
+from pykvm.devices.in_c import Latch
 from pykvm.devices.io_thread import IoThread
 from pykvm.devices.virtio.blk import F_FLUSH, Blk
 from pykvm.devices.virtio.device import NEEDS_RESET

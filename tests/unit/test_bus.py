@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from pykvm._abi import lib
-from pykvm.devices.bus import Bus, Claim
+from pykvm.devices.bus import Bus
+from pykvm.devices.claim import Claim
 from pykvm.errors import BusOverlapError
 from tests.support.fake_vcpu import HLT, FakeRun, mmio, pio
 from tests.support.ports import Ports

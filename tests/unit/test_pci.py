@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pykvm.arch.x86_64 import pc
 from pykvm.devices import pci
-from pykvm.devices.bus import Claim
+from pykvm.devices.claim import Claim
 from pykvm.devices.pci import Bar, PciFunction, PciRoot, claim_all
 from tests.support.pci_guest import ADDRESS, DATA, PciGuest
 

@@ -13,7 +13,7 @@ Rights are kept in the last entry of a walk; the entries above allow everything.
 
 from __future__ import annotations
 
-from struct import pack
+from _struct import pack  # `struct` itself costs an import
 
 from .walk import NX, PS, SHAPES, P, U, W, peek, size_name, walk
 

@@ -6,7 +6,7 @@ from pykvm._abi import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.devices.bus import Latch
+    from pykvm.devices.in_c import Latch
 
 PYTHON = int(lib.PYKVM_INTERRUPT_PYTHON)
 """In the place of an eventfd: it is raised in Python."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.devices.access import MmioAccess
-    from pykvm.devices.bus import Bus, Claim
+    from pykvm.devices.bus import Bus
+    from pykvm.devices.claim import Claim
     from pykvm.devices.io_thread import IoThread
     from pykvm.devices.virtio.device import VirtioDevice
     from pykvm.memory import GuestMemory

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.devices.access import Access
-    from pykvm.devices.bus import Claim
+    from pykvm.devices.claim import Claim
     from pykvm.devices.io_thread import IoThread
     from pykvm.devices.pci import PciRoot
     from pykvm.devices.pci_msix import Lines
