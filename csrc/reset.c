@@ -181,6 +181,7 @@ static void put_registers(struct pykvm_reset_vcpu *each)
     now->regs = saved->regs;
     now->sregs = saved->sregs;
     now->events = saved->events;
+    run->cr8 = saved->sregs.cr8; /* without a local APIC, KVM takes it from here on entry */
     run->kvm_dirty_regs = dirty;
     each->vcpu->access.pending = PYKVM_IDLE;
 }

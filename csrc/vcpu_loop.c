@@ -49,6 +49,9 @@ static int enter_without_sync(struct pykvm_vcpu *vcpu)
 int pykvm_vcpu_enter(struct pykvm_vcpu *vcpu)
 {
     struct kvm_run *run = vcpu->run;
+    /* Without a local APIC, KVM takes CR8 from here, after it has taken over SREGS (api.rst, 5.). */
+    if (run->kvm_dirty_regs & KVM_SYNC_X86_SREGS)
+        run->cr8 = run->s.regs.sregs.cr8;
     if (!vcpu->sync_regs)
         return enter_without_sync(vcpu);
     if (!(run->kvm_dirty_regs & KVM_SYNC_X86_SREGS))

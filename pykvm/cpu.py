@@ -166,6 +166,7 @@ class Cpu(GeneralRegisters):
 
             try:
                 self._vcpu.set_sregs(ffi.addressof(self._sregs))
+                run.cr8 = self._sregs.cr8  # which KVM takes from here on entry (api.rst, 5.)
             except KvmError as error:
                 from pykvm.diagnose import refused
 

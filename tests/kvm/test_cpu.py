@@ -209,3 +209,19 @@ def test_a_stopped_vcpu_may_be_used_from_any_thread(m: pykvm.Machine) -> None:
         thread.join()
     use()
     assert results == [(reasons.HALTED, n) for n in (1, 2, 3, 4)]
+
+
+@pytest.mark.parametrize("sync_regs", [True, False])
+def test_cr8_reaches_the_guest_whoever_keeps_it(m: pykvm.Machine, sync_regs: bool) -> None:
+    """Without a local APIC in the kernel, KVM_RUN takes CR8 from kvm_run.cr8, not from SREGS."""
+    m.cpu._runner.c.sync_regs = sync_regs
+    m.load(pykvm.asm("mov rbx, cr8; mov eax, 9; mov cr8, rax; hlt"), at=0x8000)
+    m.cpu.enter("long64", entry=0x8000)
+    m.cpu.cr8 = 5
+    assert m.run(timeout=60).reason == reasons.HALTED
+    assert (m.cpu.rbx, m.cpu.cr8) == (5, 9)
+    m.cpu.cr8 = 6
+    m.cpu.flush()
+    m.cpu.rip = 0x8000
+    assert m.run(timeout=60).reason == reasons.HALTED
+    assert m.cpu.rbx == 6
