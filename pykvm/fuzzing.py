@@ -265,10 +265,7 @@ class _Fuzzer:
                 c.running = 0
                 self._snapshot.restore(machine)
         records = _RECORD.iter_unpack(ffi.buffer(keep[2], c.next * _RECORD.size))
-        return [
-            self._outcome(data, record, reasons_of.get(at), self._found.get(at, 0))
-            for at, (data, record) in enumerate(zip(inputs, records, strict=False))
-        ]
+        return self._outcomes(inputs, records, reasons_of)
 
     def _drive(self, reasons_of: dict[int, tuple[str, int | None]]) -> None:
         c, error, ones = self.c, ffi.new("int32_t *"), UNLIMITED
@@ -337,28 +334,30 @@ class _Fuzzer:
         if error:
             self._plan.fail(error)
 
-    def _outcome(
+    def _outcomes(
         self,
-        data: bytes,
-        record: tuple[int, ...],
-        known: tuple[str, int | None] | None,
-        found: int,
-    ) -> Outcome:
-        outcome, rip, exits, value, place, exit_reason, fresh = record
-        reason, code = "", None
-        address: int | None = None
-        if outcome in _PLACED:
-            address = place
-        if known is not None:
-            reason, code = known
-        elif outcome == _EXIT:
-            reason = _EXITS[exit_reason]
-        elif outcome == _STOPPED:
-            code = value
-            reason = UNTIL if place == self._until else self._tag(place)
-        else:
-            reason = _OUTCOMES[outcome]
-        return Outcome(data, reason, code, rip, exits, fresh + found, address)
+        inputs: list[bytes],
+        records: Iterator[tuple[int, ...]],
+        reasons_of: dict[int, tuple[str, int | None]],
+    ) -> list[Outcome]:
+        """What C noted of each input; one loop, without a call for each but Outcome's own."""
+        found, made = self._found, []
+        for at, (outcome, rip, exits, value, place, exit_reason, fresh) in enumerate(records):
+            code: int | None = None
+            if at in reasons_of:
+                reason, code = reasons_of[at]
+            elif outcome == _EXIT:
+                reason = _EXITS[exit_reason]
+            elif outcome == _STOPPED:
+                code = value
+                reason = UNTIL if place == self._until else self._tag(place)
+            else:
+                reason = _OUTCOMES[outcome]
+            if at in found:
+                fresh += found[at]
+            address = place if outcome in _PLACED else None
+            made.append(Outcome(inputs[at], reason, code, rip, exits, fresh, address))
+        return made
 
     def _tag(self, address: int) -> str:
         for bus in (self._machine.pio, self._machine.mmio):
