@@ -104,7 +104,7 @@ def test_a_slow_handler_of_a_string_is_not_waited_for(m: pykvm.Machine) -> None:
     running = m.start()
     all_run(m)
     assert ends("a slow handler of a string", running.stop).reason == reasons.STOPPED
-    assert len(seen) <= 2 * CPUS
+    assert len(seen) < 4 * CPUS  # of 4096 each: one under way, and some before all are told
 
 
 def test_a_thread_that_computes_beside_them_does_not_delay_it_for_long(m: pykvm.Machine) -> None:
