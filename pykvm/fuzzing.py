@@ -13,8 +13,9 @@ from struct import Struct
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
 from pykvm.debug.planted import IN_AL_DX
-from pykvm.errors import BusyError, GuestMemoryError
+from pykvm.errors import GuestMemoryError
 from pykvm.snapshot import devices as devices_of
+from pykvm.snapshot.reset import PATIENCE
 from pykvm.snapshots import plan_of
 from pykvm.vcpu_thread import NEVER, UNLIMITED
 
@@ -68,10 +69,13 @@ class Outcome:
         self.address = address
 
     def __repr__(self) -> str:
-        shown = self.input if len(self.input) <= 32 else self.input[:32] + b"..."
         code = "" if self.code is None else f" {self.code:#x}"
         new = f", {self.fresh} new cells" if self.fresh else ""
-        return f"<{self.reason}{code} at {self.rip:#x} by {shown!r}{new}>"
+        return f"<{self.reason}{code} at {self.rip:#x} by {_shown(self.input)}{new}>"
+
+
+def _shown(data: bytes) -> str:
+    return repr(data if len(data) <= 32 else data[:32] + b"...")
 
 
 def fuzz(
@@ -112,20 +116,23 @@ def fuzz(
         batch: inputs taken at once.
 
     Yields:
-        An :class:`Outcome` each, in order. In between the machine is as in the snapshot.
+        An :class:`Outcome` each, in order. In between the machine is as in the snapshot, and may be
+        run or changed: the next batch begins at the snapshot all the same.
 
     Raises:
         ValueError: an input is too long, or the machine has several vCPUs.
-        Exception: what a handler raised.
+        TypeError: an input is something else than bytes.
+        Exception: what a handler raised; a note says at which input.
 
     A HLT ends a run unless it has a hook; with ``irqchip`` it waits in the kernel: give ``until``
-    then.
-    ``m.stop()`` without a reason of its own ends the whole loop.
+    then. ``m.stop()`` without a reason of its own ends the whole loop.
     """
     if len(machine.cpus) != 1:
         raise ValueError(f"fuzzing takes a machine with one vCPU, not {len(machine.cpus)}")
     if batch < 1:
         raise ValueError(f"a batch has at least one input, not {batch}")
+    if (timeout is not None and not timeout > 0) or (max_exits is not None and max_exits < 0):
+        raise ValueError(f"timeout={timeout!r}, max_exits={max_exits}: neither is negative")
     return _Fuzzer(
         machine, snapshot, write_at, length_at, size, until, timeout, max_exits, coverage, known,
         exact,
@@ -171,7 +178,7 @@ class _Fuzzer:
                 raise ValueError(f"known has {len(known)} bytes, the coverage map {length}")
             self._known = ffi.from_buffer("uint8_t[]", known, require_writable=True)
             c.known, c.map_size = self._known, length
-        c.timeout = 0 if timeout is None else max(1, int(timeout * 1e9))
+        c.timeout = 0 if timeout is None or timeout >= 1e9 else max(1, int(timeout * 1e9))
         c.exit_limit = UNLIMITED if max_exits is None else max_exits
         c.calls = plan.timeless if exact else 0
 
@@ -185,12 +192,23 @@ class _Fuzzer:
                 return host, ffi.addressof(self._plan.c.slots[number]), gpa - part.gpa
         raise GuestMemoryError(f"{gpa:#x}..{gpa + size:#x} does not lie in one region", gpa, size)
 
+    def _begin_anew(self) -> None:
+        """Who looks at outcomes may run the machine; which pages that dirtied does not count."""
+        c = plan_of(self._machine, self._snapshot).c
+        kept = c.resets, c.differing, c.waste
+        c.waste, c.patience = 0, 1 << 30
+        try:
+            self._snapshot.put_back(self._machine)
+        finally:
+            c.patience = PATIENCE
+            c.resets, c.differing, c.waste = kept
+
     # ---- batches -------------------------------------------------------------------------------
 
     def run(self, inputs: Iterator[bytes], batch: int) -> Iterator[Outcome]:
         """See :func:`fuzz`."""
         while not self._over:
-            taken = [bytes(data) for data in islice(inputs, batch)]
+            taken = [bytes(memoryview(data)) for data in islice(inputs, batch)]
             if not taken:
                 return
             yield from self._run(taken)
@@ -201,8 +219,7 @@ class _Fuzzer:
         for data in inputs:
             if len(data) > self._size:
                 raise ValueError(f"an input of {len(data)} bytes does not fit size={self._size}")
-        if machine.running:
-            raise BusyError("a vCPU of this machine is running: stop() it first")
+        self._begin_anew()
         claim = None
         if self._until is not None:
             claim = machine.pio.stop(self._until, tag=UNTIL)
@@ -250,8 +267,10 @@ class _Fuzzer:
                     loop.stop = 0
                 lib.pykvm_vcpu_end(loop)
                 loop.run.kvm_valid_regs = 0
-        except BaseException:
+        except BaseException as error:
             self._over = True
+            if c.running:
+                error.add_note(f"while it ran the input {_shown(inputs[c.next])}")
             raise
         finally:
             machine._running = False

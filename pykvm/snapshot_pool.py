@@ -23,7 +23,9 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from pykvm.errors import SnapshotError
 from pykvm.kvm.handle import Closing
+from pykvm.snapshot.file import read_header
 from pykvm.snapshots import Snapshot
 
 TYPE_CHECKING = False
@@ -52,19 +54,19 @@ class SnapshotPool(Closing):
         workers: int | None = None,
         setup: Callable[[Machine], object] | None = None,
     ) -> None:
-        path = snapshot.path
+        path = snapshot.path if _is_in(snapshot.path, snapshot.id) else ""
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if not path:
             place = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
             self._folder = tempfile.TemporaryDirectory(prefix="pykvm-", dir=place)
-            path = os.path.join(self._folder.name, "snapshot")
+            path, known = os.path.join(self._folder.name, "snapshot"), snapshot.path
             snapshot.save(path)
-            snapshot.path = ""  # it goes with the pool
+            snapshot.path = known  # this one goes with the pool
         self._executor = ProcessPoolExecutor(
             workers or os.cpu_count() or 1,
             mp_context=get_context("spawn"),
             initializer=_begin,
-            initargs=(path, setup),
+            initargs=(path, snapshot.id, setup),
         )
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -91,15 +93,25 @@ class SnapshotPool(Closing):
             self._folder = None
 
 
+def _is_in(path: str, id: str) -> bool:
+    """Whether a file is the snapshot of that id."""
+    try:
+        return bool(path) and read_header(path).get("id") == id
+    except (OSError, SnapshotError):
+        return False
+
+
 # ---- in the processes --------------------------------------------------------------------------
 
 _mine: list[tuple[Snapshot, Machine]] = []
 
 
-def _begin(path: str, setup: Callable[[Machine], object] | None) -> None:
+def _begin(path: str, id: str, setup: Callable[[Machine], object] | None) -> None:
     import atexit
 
-    snapshot = Snapshot.load(path, verify=False)  # this host wrote it just now
+    snapshot = Snapshot.load(path, verify=False)
+    if snapshot.id != id:  # a process may be started when the pool is long at work
+        raise SnapshotError(f"{path}: has become another snapshot since the pool was made")
     machine = snapshot.fork(setup)
     atexit.register(machine.close)
     _mine.append((snapshot, machine))

@@ -112,6 +112,11 @@ class Snapshot(Closing):
         machine = machine or self._machine
         if machine is None:
             raise SnapshotError("this snapshot has no machine: fork() it, or say which to restore")
+        machine.forget_stop()
+        self.put_back(machine)
+
+    def put_back(self, machine: Machine) -> None:
+        """:meth:`restore`, but for a ``stop()``, which stays for the next run."""
         _check(machine)
         with _quiet(machine):
             plan = plan_of(machine, self)
@@ -126,7 +131,6 @@ class Snapshot(Closing):
 
     def finish(self, machine: Machine, devices: dict[str, Any]) -> None:
         """After KVM's part: devices, and what Python remembers."""
-        machine.forget_stop()
         for cpu, (entered, ended) in zip(machine.cpus, self.cpus, strict=True):
             cpu.put_back(entered, ended)
         devices_of.restore(devices, self.devices)

@@ -27,6 +27,7 @@ from base64 import b64decode, b64encode
 from pykvm._abi import ffi
 from pykvm.errors import SnapshotError
 from pykvm.memory.units import PAGE_SIZE
+from pykvm.snapshot import atomic
 from pykvm.snapshot import image as images
 from pykvm.snapshot.image import Image, Part
 from pykvm.snapshot.vcpu import STRUCTS, VcpuState
@@ -58,18 +59,51 @@ def save(header: Header, image: Image, path: str, base: tuple[str, str, Image] |
         image: its memory.
         path: of the file.
         base: (path, id, memory) of a saved snapshot to write the difference from, or None.
+
+    Raises:
+        SnapshotError: the base's file is another snapshot's by now, or would be overwritten.
+        OSError: it cannot be written.
     """
-    scratch = f"{path}.{os.getpid()}.tmp"
-    fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-    try:
+    if base is not None:
+        _check_chain(path, base[0], base[1])
+    with atomic.Replacing(path, 0o666) as fd:
         _write(fd, header, image, path, base)
-        os.fsync(fd)
-        os.replace(scratch, path)
-    except BaseException:
-        os.unlink(scratch)
-        raise
+
+
+def _check_chain(path: str, below: str, expected: str) -> None:
+    """SnapshotError if writing ``path`` took away a file of the chain that it is to build upon."""
+    for _ in range(MOST_LINKS):
+        if os.path.realpath(below) == os.path.realpath(path):
+            raise SnapshotError(f"{path}: is a file that the snapshot builds upon")
+        header = read_header(below)
+        if header.get("id") != expected:
+            raise SnapshotError(
+                f"{below}: is the snapshot {header.get('id')}, and not {expected} any more"
+            )
+        base = header["base"]
+        if base is None:
+            return
+        below, expected = _below(below, base)
+    raise SnapshotError(f"{path}: the chain has more than {MOST_LINKS} files")
+
+
+def read_header(path: str) -> Header:
+    """The header of a file, checked.
+
+    Raises:
+        SnapshotError: it is no snapshot, or damaged.
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _header(fd, path)[0]
     finally:
         os.close(fd)
+
+
+def _below(path: str, base: Header) -> tuple[str, str]:
+    """The path and the id of what the file ``path`` is built upon."""
+    return os.path.join(os.path.dirname(os.path.abspath(path)), str(base["path"])), str(base["id"])
 
 
 def _write(
@@ -104,16 +138,16 @@ def _write(
         header["base"] = {"path": relative, "id": base[1]}
     text = json.dumps(header, indent=1).encode()
     line = b"%s %d %d %s\n" % (MAGIC, VERSION, len(text), _digest(text))
-    os.pwrite(fd, line + text, 0)
+    atomic.write_all(fd, line + text, 0)
     start = _start(len(line), len(text))
     os.ftruncate(fd, start + offset)
     for part, bitmap, said in zip(image.parts, pages, parts, strict=True):
         at = start + said["offset"]
         for first, data in _data(image, part, bitmap):
             if base is None:
-                _write_all(fd, data, at + first * PAGE_SIZE)
+                atomic.write_all(fd, data, at + first * PAGE_SIZE)
             else:
-                _write_all(fd, data, at)
+                atomic.write_all(fd, data, at)
                 at += len(data)
 
 
@@ -144,13 +178,6 @@ def _checksums(data: Iterator[tuple[int, bytes]]) -> Iterator[int]:
         yield zlib.crc32(piece)
 
 
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
-
-
 # ---- reading -----------------------------------------------------------------------------------
 
 
@@ -177,9 +204,7 @@ def load(path: str, verify: bool, links: int = 0, expected: str = "") -> tuple[H
                 _verify(fd, parts, pages, crcs, base is not None)
             if base is None:
                 return header, Image(os.dup(fd), parts)
-            folder = os.path.dirname(os.path.abspath(path))
-            below = os.path.join(folder, str(base["path"]))
-            identity = str(base["id"])
+            below, identity = _below(path, base)
         except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
             if isinstance(error, SnapshotError):
                 raise SnapshotError(f"{path}: {error}") from None
@@ -322,8 +347,9 @@ def vcpu_of_json(said: dict[str, Any]) -> VcpuState:
     """Back from :func:`vcpu_to_json`."""
     parts = {name: bytes.fromhex(said["parts"][name]) for name in STRUCTS if name in said["parts"]}
     for name, data in parts.items():
-        if len(data) < ffi.sizeof(STRUCTS[name][0]):
-            raise ValueError(f"{name} has {len(data)} bytes")
+        size = ffi.sizeof(STRUCTS[name][0])
+        if len(data) < size or (len(data) > size and name not in ("xsave", "nested")):
+            raise ValueError(f"{name} has {len(data)} bytes, not {size}")
     if "nested" in parts:  # the structure says how long it is, and KVM believes it
         size = int.from_bytes(parts["nested"][4:8], "little")
         if size > len(parts["nested"]):

@@ -124,6 +124,11 @@ class Image:
             raise ClosedError("this snapshot is closed")
         return self._fd
 
+    @property
+    def closed(self) -> bool:
+        """Whether :meth:`close` was called."""
+        return self._fd < 0
+
     def address(self, part: Part) -> int:
         """Where in this process a part lies; pages that are not held are not to be looked at."""
         if self._map is None:
@@ -180,7 +185,11 @@ class Image:
                 view.release()
 
     def check(self, memory: GuestMemory) -> None:
-        """SnapshotError unless a memory has the same regions in the same slots."""
+        """SnapshotError unless a memory has the same regions in the same slots; both are open."""
+        if memory.closed:
+            raise ClosedError("this guest memory was closed")
+        if self.closed:
+            raise ClosedError("this snapshot is closed")
         there = [(r.slot, r.guest_phys_addr, r.memory_size, r.readonly) for r in memory.regions]
         if there != [part.place for part in self.parts]:
             raise SnapshotError(

@@ -72,6 +72,11 @@ class Tracking:
             region.flags,
         )
 
+    def check(self, image: Image) -> None:
+        """See :meth:`Image.check`; regions come, and never go."""
+        if image.closed or self._memory.closed or len(self._memory.regions) != len(image.parts):
+            image.check(self._memory)
+
     def look_for_views(self) -> None:
         """Regions that gave a view of themselves do not say so to anybody."""
         for region in self._memory.regions:
@@ -250,6 +255,16 @@ class Plan:
 
     # ---- doing it ------------------------------------------------------------------------------
 
+    def check(self) -> None:
+        """Look whether all that C was given pointers to is still there.
+
+        Raises:
+            ClosedError: the snapshot or the machine's memory was closed.
+            SnapshotError: the machine has got more memory since.
+        """
+        if self._tracking is not None:
+            self._tracking.check(self._image)
+
     def before(self) -> None:
         """What has to be seen to before a reset: another base, new views."""
         tracking = self._tracking
@@ -266,6 +281,7 @@ class Plan:
         Raises:
             KvmError: KVM refuses a part of the state, by the name of its ioctl.
         """
+        self.check()
         self.before()
         error = lib.pykvm_reset(self.c)
         if error and self.mend():

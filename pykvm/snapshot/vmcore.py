@@ -14,6 +14,7 @@ from itertools import pairwise
 
 from pykvm.errors import SnapshotError
 from pykvm.memory.units import PAGE_SIZE
+from pykvm.snapshot import atomic
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ _CONTROL = ("cr0", "cr1", "cr2", "cr3", "cr4")
 
 
 def dump(image: Image, vcpus: list[VcpuState], path: str) -> None:
-    """Write a core file."""
+    """Write a core file; it is there whole or not at all."""
     notes = b"".join(
         _note(b"CORE", _NT_PRSTATUS, _prstatus(number, state))
         + _note(b"QEMU", _NT_QEMU, _qemu(state))
@@ -71,16 +72,15 @@ def dump(image: Image, vcpus: list[VcpuState], path: str) -> None:
         ident, _ET_CORE, _EM_X86_64, 1, 0, _EHDR.size, 0, 0,
         _EHDR.size, _PHDR.size, headers, 0, 0, 0,
     )  # fmt: skip
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with open(fd, "wb") as file:
-        file.write(header + b"".join(table) + notes)
-        file.truncate(offset)
+    with atomic.Replacing(path, 0o600) as fd:
+        os.ftruncate(fd, offset)
+        atomic.write_all(fd, header + b"".join(table) + notes, 0)
         for part, place in zip(image.parts, places, strict=True):
             for first, count in part.runs():
                 for page in range(first, first + count, 256):
                     size = min(256, first + count - page) * PAGE_SIZE
-                    file.seek(place + page * PAGE_SIZE)
-                    file.write(image.read(part.gpa + page * PAGE_SIZE, size))
+                    data = image.read(part.gpa + page * PAGE_SIZE, size)
+                    atomic.write_all(fd, data, place + page * PAGE_SIZE)
 
 
 def _note(name: bytes, kind: int, value: bytes) -> bytes:

@@ -20,7 +20,7 @@ from pykvm.memory import GuestMemory
 from pykvm.snapshot import file as files
 from pykvm.snapshot import image as images
 from pykvm.snapshot import vmcore
-from pykvm.snapshot.vcpu import VcpuState
+from pykvm.snapshot.vcpu import STRUCTS, VcpuState
 
 SLOW = settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -199,6 +199,14 @@ def test_the_state_of_a_vcpu_survives_json() -> None:
     again = files.vcpu_of_json(json.loads(json.dumps(files.vcpu_to_json(state))))
     assert again.parts == state.parts and again.msrs == state.msrs and again.tsc == state.tsc
     assert again.struct("regs").rip == 0x1234
+
+
+@pytest.mark.parametrize("more", [-8, 8, 4096])
+@pytest.mark.parametrize("name", ["regs", "sregs", "events"])
+def test_a_part_of_another_size_is_refused(name: str, more: int) -> None:
+    size = ffi.sizeof(STRUCTS[name][0])
+    with pytest.raises(ValueError, match=f"{name} has {size + more} bytes"):
+        files.vcpu_of_json({"parts": {name: "00" * (size + more)}, "msrs": {}, "tsc": None})
 
 
 @given(JSON)

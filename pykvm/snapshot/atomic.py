@@ -1,0 +1,61 @@
+"""Files that are there whole or not at all, whatever happens while they are written."""
+
+from __future__ import annotations
+
+import errno
+import os
+from _thread import get_ident
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+
+
+class Replacing:
+    """For the length of a ``with``: a new file, which takes the place of ``path`` at its end.
+
+    Where the ``with`` ends by an exception it is removed, and what was at ``path`` stays.
+
+    Args:
+        path: of the file; of a symbolic link, what it leads to.
+        mode: who may do what with it, before the umask.
+
+    Raises:
+        OSError: it cannot be written there, or something is there that is no file.
+    """
+
+    def __init__(self, path: str, mode: int) -> None:
+        self._path = os.path.realpath(path)
+        self._mode = mode
+        if os.path.exists(self._path) and not os.path.isfile(self._path):
+            raise OSError(errno.EINVAL, "is there, and is no regular file", path)
+        self._scratch = f"{self._path}.{os.getpid()}-{get_ident()}.tmp"
+
+    def __enter__(self) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self._fd = os.open(self._scratch, flags, self._mode)
+        return self._fd
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if exc is None:
+                os.fsync(self._fd)
+                os.replace(self._scratch, self._path)
+                self._scratch = ""
+        finally:
+            os.close(self._fd)
+            if self._scratch:
+                os.unlink(self._scratch)
+
+
+def write_all(fd: int, data: bytes, offset: int) -> None:
+    """Write all of it."""
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
