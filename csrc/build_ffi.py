@@ -7,6 +7,7 @@ into a folder, to be looked at.
 from __future__ import annotations
 
 import os
+import re
 import sys
 from glob import glob
 
@@ -25,12 +26,18 @@ def sources() -> list[str]:
 
 
 def seam() -> str:
-    """Return the part of pykvm.h that is meant for cffi."""
+    """Return what pykvm.h and its parts mean for cffi, in the order of its includes."""
     with open(f"{HERE}/pykvm.h", encoding="utf-8") as file:
+        parts = re.findall(r'^#include "(seam/\w+\.h)"$', file.read(), re.MULTILINE)
+    return "".join(map(_cdef, parts))
+
+
+def _cdef(part: str) -> str:
+    with open(f"{HERE}/{part}", encoding="utf-8") as file:
         text = file.read()
     begin, end = "/* cdef: begin */", "/* cdef: end */"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise BuildError(f"csrc/pykvm.h needs {begin!r} and {end!r}, once each")
+        raise BuildError(f"csrc/{part} needs {begin!r} and {end!r}, once each")
     return text[text.index(begin) + len(begin) : text.index(end)]
 
 
