@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pykvm.boot import BootPlan
     from pykvm.console import Console
     from pykvm.devices.claim import Claim, Handler
+    from pykvm.devices.vmgenid import Identity
     from pykvm.host import Host
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.kvm import Kvm, Vm
@@ -296,6 +297,7 @@ class Machine(Debugging, SnapshotMethods, VirtioMethods, Closing):
         cache: Any = True,
         system_map: str | os.PathLike[str] | None = None,
         output: Callable[[bytes], object] | None = None,
+        identity: Identity | None = "new",
     ) -> BootPlan:
         """Load a kernel and get ready to run it, on the devices of a PC.
 
@@ -311,6 +313,8 @@ class Machine(Debugging, SnapshotMethods, VirtioMethods, Closing):
             cache: keep unpacked kernels in the user's cache folder; or a folder.
             system_map: the kernel's System.map, to name where it hangs.
             output: called with what the console prints, in a thread of its own.
+            identity: the VM generation ID, by which a guest can tell that it is a clone
+                (docs/snapshots.md): ``"new"``, 16 bytes or a UUID; None: there is no such device.
 
         Returns:
             What was loaded where.
@@ -334,6 +338,7 @@ class Machine(Debugging, SnapshotMethods, VirtioMethods, Closing):
             cache=cache,
             system_map=system_map,
             output=output,
+            identity=identity,
         )
         assert self.pc.plan is not None
         return self.pc.plan

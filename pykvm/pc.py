@@ -23,6 +23,7 @@ from pykvm.devices.post import PostCode
 from pykvm.devices.pvpanic import Pvpanic
 from pykvm.devices.reset import FastA20, ResetControl
 from pykvm.devices.serial import Serial
+from pykvm.devices.vmgenid import NEW, VmGenerationId, id_of
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.boot import BootPlan
+    from pykvm.devices.vmgenid import Identity
     from pykvm.irqchip import KernelIrqchip, SplitIrqchip
     from pykvm.machine import Machine
     from pykvm.symbols import Symbols
@@ -79,6 +81,7 @@ class Pc:
         console: what it prints and is typed.
         panic: what the kernel said when it panicked, or "".
         plan: what was booted, or None.
+        identity: the guest's VM generation ID, or None.
     """
 
     def __init__(self, machine: Machine, output: Callable[[bytes], object] | None = None) -> None:
@@ -88,6 +91,7 @@ class Pc:
         self._machine = machine
         self.panic = ""
         self.plan: BootPlan | None = None
+        self.identity: VmGenerationId | None = None
         self.started = time.monotonic()
         self.system_map: str | os.PathLike[str] | None = None
         self._symbols: Symbols | None = None
@@ -127,6 +131,17 @@ class Pc:
         self._pm.attach(pio, places.PM_BASE)
         pio.unclaimed("ignore")
         machine.mmio.unclaimed("ignore")
+
+    def put_identity(self, gpa: int) -> None:
+        """Take 16 bytes of guest memory for the VM generation ID."""
+        irqchip = self._machine.irqchip
+        assert irqchip is not None
+
+        def notify() -> None:
+            for level in (1, 0):  # an edge
+                irqchip.line(places.IDENTITY_GSI, level)
+
+        self.identity = VmGenerationId(self._machine.memory, gpa, notify)
 
     # ---- how it ends ---------------------------------------------------------------------------
 
@@ -238,6 +253,7 @@ def boot(
     cache: Any = True,
     system_map: str | os.PathLike[str] | None = None,
     output: Callable[[bytes], object] | None = None,
+    identity: Identity | None = NEW,
 ) -> Pc:
     """Load a kernel into a machine and make its first vCPU ready to start it.
 
@@ -247,6 +263,9 @@ def boot(
         from pykvm.symbols import check_system_map
 
         check_system_map(system_map)
+    generation_id = None if identity is None else id_of(identity)
+    if generation_id is None and identity is not None:
+        raise ValueError("a machine that boots has no identity yet that it could keep")
     pc = Pc(machine, output)
     try:
         assert machine.irqchip is not None
@@ -256,6 +275,7 @@ def boot(
             pic=machine.irqchip.has_pic,
             virtio=machine.virtio_windows,
             pci=machine.pci is not None,
+            generation_id=generation_id,
         )
         pc.plan = plan = loaders.load(
             machine.memory,
@@ -270,6 +290,8 @@ def boot(
         )
         if machine.memory.covers(acpi.base, len(acpi.blob)):
             acpi.write(machine.memory)
+            if acpi.generation_id is not None:
+                pc.put_identity(acpi.generation_id)
         cpu = machine.cpu
         cpu.enter(plan.mode, plan.entry, tables=plan.tables)
         for name, value in plan.registers.items():

@@ -112,7 +112,7 @@ def _begin(path: str, id: str, setup: Callable[[Machine], object] | None) -> Non
     snapshot = Snapshot.load(path, verify=False)
     if snapshot.id != id:  # a process may be started when the pool is long at work
         raise SnapshotError(f"{path}: has become another snapshot since the pool was made")
-    machine = snapshot.fork(setup)
+    machine = snapshot.fork(setup, identity="keep")  # as restore() has it before each call
     atexit.register(machine.close)
     _mine.append((snapshot, machine))
 

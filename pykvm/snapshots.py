@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from typing import Any
 
+    from pykvm.devices.vmgenid import Identity
     from pykvm.snapshot.diff import Diff
     from pykvm.snapshot.image import Image
     from pykvm.snapshot.vcpu import VcpuState
@@ -58,6 +59,7 @@ class Snapshot(Closing):
         cpus: of each vCPU, whether it was entered and why it cannot go on.
         is_pc: whether it was booted, and so has the devices of a PC.
         image: its memory.
+        identity: where in it the guest's VM generation ID is, or None.
         id: 32 hexadecimal digits that no other snapshot has.
         path: the file that it is in, or "".
         loaded: whether it was read from there.
@@ -92,28 +94,33 @@ class Snapshot(Closing):
         self.cpuid: list[str] | None = None
         self.tsc_khz = 0
         self.boot_plan: Any = None
+        self.identity: int | None = None
         self._machine: Machine | None = None
 
     # ---- back ----------------------------------------------------------------------------------
 
-    def restore(self, machine: Machine | None = None) -> None:
+    def restore(self, machine: Machine | None = None, *, identity: Identity = "keep") -> None:
         """Put a machine back to this moment, in place.
 
         Args:
             machine: the one that the snapshot is of, by default; or one that is just like it.
+            identity: as of :meth:`fork`. By default all is as it was, which what is tried again and
+                again needs to be the same.
 
         The first time every page is compared; from then on KVM logs what the guest writes, and only
         that is copied (and what the host wrote through ``m.mem``, and pages under a view of it).
 
         Raises:
             BusyError: the machine runs.
-            SnapshotError: the machine is another.
+            SnapshotError: the machine is another, or has no identity to be given.
         """
         machine = machine or self._machine
         if machine is None:
             raise SnapshotError("this snapshot has no machine: fork() it, or say which to restore")
+        value = _another(identity, machine.pc is not None and machine.pc.identity is not None)
         machine.forget_stop()
         self.put_back(machine)
+        _tell(machine, value)
 
     def put_back(self, machine: Machine) -> None:
         """:meth:`restore`, but for a ``stop()``, which stays for the next run."""
@@ -136,7 +143,7 @@ class Snapshot(Closing):
         devices_of.restore(devices, self.devices)
         devices_of.resume(devices)
 
-    def fork(self, setup: Setup | None = None) -> Machine:
+    def fork(self, setup: Setup | None = None, *, identity: Identity = "new") -> Machine:
         """Make another machine of it, which shares every page of memory until it writes it.
 
         What C serves (``m.pio.fifo()`` and its like) and the devices of a PC are made anew.
@@ -145,10 +152,16 @@ class Snapshot(Closing):
 
         Args:
             setup: called with the machine before anything is restored.
+            identity: the VM generation ID of a guest that was booted with one: ``"new"``: another,
+                random one, of which it is told as it runs on, so that its random numbers are its
+                own; ``"keep"``: that of the snapshot, for what is to repeat exactly; or 16 bytes or
+                a UUID.
 
         Raises:
-            SnapshotError: the snapshot has the state of a device that the machine lacks.
+            SnapshotError: the snapshot has the state of a device that the machine lacks, or no
+                place for an identity that was given.
         """
+        value = _another(identity, self.identity is not None)
         memory = GuestMemory()
         try:
             self.image.map_into(memory)
@@ -164,6 +177,8 @@ class Snapshot(Closing):
 
                 machine.pc = Pc(machine)
                 machine.pc.plan = self.boot_plan
+            if self.identity is not None and machine.pc is not None:
+                machine.pc.put_identity(self.identity)
             claims_of.give(self.claims, (machine.pio, machine.mmio))
             if self.loaded:
                 cpuid_of.same_tsc(machine, self.tsc_khz)
@@ -172,6 +187,7 @@ class Snapshot(Closing):
                 raise SnapshotError("a vCPU that never ran has an access open")
             with _quiet(machine):
                 self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
+            _tell(machine, value)
         except BaseException:
             machine.close()
             raise
@@ -227,6 +243,7 @@ class Snapshot(Closing):
             "tsc_khz": self.tsc_khz,
             "cpus": self.cpus,
             "is_pc": self.is_pc,
+            "identity": self.identity,
             "vcpus": [file.vcpu_to_json(state) for state in self.vcpus],
             "vm": {name: data.hex() for name, data in self.vm.items()},
             "devices": self.devices,
@@ -266,6 +283,8 @@ class Snapshot(Closing):
                 id=str(header["id"]),
             )
             made.cpuid, made.tsc_khz = cpuid, int(header["tsc_khz"])
+            place = header.get("identity")  # older files have none
+            made.identity = None if place is None else _place(place, image)
             if len(made.cpus) != len(made.vcpus) or len(made.cpus) != options["cpus"]:
                 raise ValueError("it is of different numbers of vCPUs")
         except (KeyError, TypeError, ValueError) as error:
@@ -333,6 +352,8 @@ def take(machine: Machine) -> Snapshot:
     snapshot.tsc_khz = cpuid_of.tsc_khz(machine)
     if machine.pc is not None:
         snapshot.boot_plan = machine.pc.plan
+        if machine.pc.identity is not None:
+            snapshot.identity = machine.pc.identity.gpa
     return snapshot
 
 
@@ -362,6 +383,39 @@ def _plan(machine: Machine, snapshot: Snapshot, tracking: Tracking | None) -> Pl
     cpus = [(runner.vcpu, runner.c) for runner in machine._runners]
     irqchip = machine.irqchip is not None
     return Plan(machine.vm, cpus, tracking, snapshot.vcpus, snapshot.vm, snapshot.image, irqchip)
+
+
+def _another(identity: Identity, there: bool) -> bytes | None:
+    """The VM generation ID that a machine is to get, or None; ``there``: whether it has one."""
+    if identity == "keep":
+        return None
+    from pykvm.devices.vmgenid import id_of
+
+    value = id_of(identity)
+    if not there and not isinstance(identity, str):
+        raise SnapshotError("this guest has no VM generation ID: none can be given to it")
+    return value if there else None
+
+
+def _tell(machine: Machine, value: bytes | None) -> None:
+    """After all is back: write the ID into the machine's own memory, and tell the guest."""
+    if value is not None:
+        assert machine.pc is not None and machine.pc.identity is not None
+        machine.pc.identity.change(value)
+
+
+def _place(gpa: Any, image: Image) -> int:
+    """Where a file says that the VM generation ID is. ValueError: it cannot be there."""
+    if (
+        type(gpa) is not int
+        or gpa % 8
+        or not any(
+            not part.readonly and part.gpa <= gpa <= part.gpa + part.size - 16
+            for part in image.parts
+        )
+    ):
+        raise ValueError(f"no VM generation ID can be at {gpa!r}")
+    return gpa
 
 
 def _check(machine: Machine) -> None:

@@ -44,8 +44,8 @@ def kernels(folder: str | Path | None = None) -> dict[str, Path]:
     return found
 
 
-def initrd() -> bytes:
-    """A gzipped cpio of busybox and the script above."""
+def initrd(init: str = INIT) -> bytes:
+    """A gzipped cpio of busybox and a script, by default the one above."""
     from tests.rig.initramfs import cpio
 
     busybox = shutil.which("busybox")
@@ -54,7 +54,7 @@ def initrd() -> bytes:
     entries = [(name, 0o040755, b"") for name in ("bin", "dev", "proc")]
     entries += [
         ("bin/busybox", 0o100755, Path(busybox).read_bytes()),
-        ("init", 0o100755, INIT.encode()),
+        ("init", 0o100755, init.encode()),
     ]
     return gzip.compress(b"".join(cpio(entries)), 1)
 
@@ -63,13 +63,16 @@ def ring0_is_native() -> bool:
     """Whether this KVM executes ring 0 at the processor's speed: two million instructions tell.
 
     They take 1.4 s where KVM emulates them, and some milliseconds where even the processor is
-    emulated.
+    emulated; on a busy machine maybe at the third attempt.
     """
     import pykvm
 
     with pykvm.Machine("2M") as m:
         m.load(pykvm.asm("mov ecx,1000000; l: dec ecx; jnz l; hlt"), at=0x8000)
-        m.cpu.enter("long64", entry=0x8000)
-        began = time.monotonic()
-        m.run(timeout=60)
-        return time.monotonic() - began < 0.4
+        for _ in range(3):
+            m.cpu.enter("long64", entry=0x8000)
+            began = time.monotonic()
+            m.run(timeout=60)
+            if time.monotonic() - began < 0.4:
+                return True
+    return False

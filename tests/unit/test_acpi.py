@@ -19,6 +19,7 @@ from pykvm.arch.x86_64.acpi_tables import (
     Dsdt,
     Facs,
     Fadt,
+    GenerationId,
     Madt,
     Rsdp,
     Rsdt,
@@ -40,6 +41,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "virtio": [(0xFEB0_0000, 0x200, 5)], "pvpanic": 0x600,
     },
     "x2apic": {"cpus": 300},
+    "an identity": {"cpus": 1, "generation_id": bytes(range(16))},
     "holes in the APIC ids": {"cpus": [0, 1, 4, 5, 256]},
 }  # fmt: skip
 
@@ -83,7 +85,7 @@ def iasl(tmp_path: Path) -> Callable[..., str]:
 def test_iasl_takes_every_table_apart_and_compiles_it_again(
     acpi: Acpi, iasl: Callable[..., str], tmp_path: Path
 ) -> None:
-    tables = [each for _, each in acpi.tables if not isinstance(each, Rsdp)]
+    tables = [each for _, each in acpi.tables if not isinstance(each, (Rsdp, GenerationId))]
     assert len(tables) == 6
     for each in tables:
         name = each.SIGNATURE.decode().lower()
@@ -213,9 +215,31 @@ def test_the_dsdt_has_the_devices_asked_for() -> None:
     assert "COM1" not in bare and "QEMU0001" not in bare
 
 
+def test_the_vm_generation_id_is_where_the_device_says_and_can_be_notified() -> None:
+    value = bytes(range(0xF0, 0x100))
+    acpi = build_acpi(cpus=2, generation_id=value, base=0xE4000)
+    memory = bytearray(1 << 20)
+    acpi.write(memory)
+    gpa = acpi.generation_id
+    assert gpa is not None and gpa % 8 == 0
+    assert memory[gpa : gpa + 16] == value
+    text = repr(table(acpi, Dsdt))
+    assert f"Name (ADDR, Package () {{{gpa:#x}, Zero}})" in text
+    assert 'Name (_CID, "VM_Gen_Counter")' in text
+    assert f"Interrupt ({pc.IDENTITY_GSI}, Edge)" in text
+    assert "Notify (VGEN, 0x80)" in text
+    bare = build_acpi(cpus=2)
+    assert bare.generation_id is None and "VGEN" not in repr(bare) and "GED" not in repr(bare)
+
+
+def test_the_identitys_interrupt_is_nobody_elses() -> None:
+    assert pc.IDENTITY_GSI not in (pc.COM1_GSI, pc.SCI_GSI, pc.TIMER_IRQ, *pc.VIRTIO_GSIS)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"cpus": 1, "generation_id": b"short"}, "16 bytes"),
         ({"cpus": 1, "base": 0xE0010}, "64-byte boundary"),
         ({"cpus": 1, "base": 1 << 32}, "64-byte boundary"),
         ({"cpus": 16, "base": 0xFFF00}, "pass 0x100000"),

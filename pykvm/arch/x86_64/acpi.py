@@ -11,6 +11,7 @@ from pykvm.arch.x86_64.acpi_tables import (
     Dsdt,
     Facs,
     Fadt,
+    GenerationId,
     Madt,
     Rsdp,
     Rsdt,
@@ -40,6 +41,7 @@ class Acpi:
             ``base..base + len(blob)`` as reserved.
         blob: the bytes. They need to be writable: the FACS has a lock.
         rsdp: guest-physical address of the root pointer.
+        generation_id: guest-physical address of the VM generation ID, or None.
         tables: ``(address, table)``, in the order of addresses; print them.
     """
 
@@ -47,6 +49,9 @@ class Acpi:
         self.base = base
         self.tables = tuple(placed)
         self.rsdp = next(address for address, table in placed if isinstance(table, Rsdp))
+        self.generation_id: int | None = next(
+            (address for address, table in placed if isinstance(table, GenerationId)), None
+        )
         blob = bytearray()
         for address, table in placed:
             blob += bytes(address - base - len(blob)) + table.encode()
@@ -75,6 +80,7 @@ def build_acpi(
     reset: int = pc.RESET,
     pic: bool = True,
     pci: bool = False,
+    generation_id: bytes | None = None,
 ) -> Acpi:
     """Make the tables of a PC.
 
@@ -96,9 +102,11 @@ def build_acpi(
         pic: whether there is a pair of 8259As. Without them no timer hangs on GSI 0 either, and it
             has no override.
         pci: whether there is a PCI bus, with the windows of ``pc.PCI_PORTS`` and ``PCI_MEMORY``.
+        generation_id: the 16 bytes of the VM generation ID, which get a place before the DSDT, or
+            None: there is no such device.
 
     Raises:
-        ValueError: the base, or more tables than there is room from it on.
+        ValueError: the base, the generation ID, or more tables than there is room from it on.
     """
     if base % 64 or not 0 <= base < 1 << 32:
         raise ValueError(f"ACPI tables begin on a 64-byte boundary below 4 GiB, not at {base:#x}")
@@ -107,8 +115,10 @@ def build_acpi(
         raise ValueError("a machine has at least one processor")
     rsdp_at = base
     facs_at = base + 64
-    dsdt = Dsdt(_definition_block(len(ids), com1, virtio, edge, pvpanic, rtc, pci))
-    dsdt_at = facs_at + 64
+    identity = [] if generation_id is None else [(facs_at + 64, GenerationId(generation_id))]
+    dsdt_at = facs_at + 64 + GenerationId.SIZE * len(identity)
+    devices = _identity_devices(facs_at + 64) if identity else []
+    dsdt = Dsdt(_definition_block(len(ids), com1, virtio, edge, pvpanic, rtc, pci, devices))
     fadt = _fadt(facs_at, dsdt_at, pm_base, reset, com1, rtc)
     fadt_at = _after(dsdt_at, dsdt)
     madt = _madt(ids, ioapic, timer_pin, pic)
@@ -120,6 +130,7 @@ def build_acpi(
         [
             (rsdp_at, Rsdp(rsdt_at, xsdt_at)),
             (facs_at, Facs()),
+            *identity,
             (dsdt_at, dsdt),
             (fadt_at, fadt),
             (madt_at, madt),
@@ -203,6 +214,7 @@ def _definition_block(
     pvpanic: int | None,
     rtc: bool,
     pci: bool,
+    more: Sequence[bytes],
 ) -> bytes:
     """Write the DSDT: what cannot be found by looking."""
     devices = [
@@ -228,9 +240,36 @@ def _definition_block(
     if pci:
         devices.append(_device("PCI0", aml.eisa_id("PNP0A03"), 0, _pci_windows()))
     off = aml.integer(pc.SLEEP_TYPE_OFF)
-    return aml.scope("\\_SB", *devices) + aml.name(
+    return aml.scope("\\_SB", *devices, *more) + aml.name(
         "\\_S5", aml.package(off, off, aml.integer(0), aml.integer(0))
     )
+
+
+def _identity_devices(gpa: int) -> list[bytes]:
+    """Tell of the VM generation ID, and of the interrupt by which the guest hears of a new one.
+
+    Linux finds the device by its _CID, evaluates ADDR (low and high half of the address), and looks
+    at the ID again at a notification of 0x80 (drivers/virt/vmgenid.c). A Generic Event Device
+    (ACPI 6.5, 5.6.9) has no registers, so that a boot makes no exit for it.
+    """
+    text = aml.string("VM_Gen_Counter")
+    halves = aml.package(aml.integer(gpa & 0xFFFF_FFFF), aml.integer(gpa >> 32))
+    return [
+        aml.device(
+            "VGEN",
+            aml.name("_HID", aml.string("PKVM0001")),  # the paper wants one that is our own
+            aml.name("_CID", text),
+            aml.name("_DDN", text),
+            aml.name("ADDR", halves),
+        ),
+        aml.device(
+            "GED",
+            aml.name("_HID", aml.string("ACPI0013")),
+            aml.name("_UID", aml.integer(0)),
+            aml.name("_CRS", aml.resources(aml.interrupt(pc.IDENTITY_GSI, edge=True))),
+            aml.method("_EVT", aml.notify("VGEN", 0x80), arguments=1, serialized=True),
+        ),
+    ]
 
 
 def _pci_windows() -> bytes:

@@ -370,6 +370,29 @@ class Facs:
         return f"<FACS version {version}, global lock {lock:#x}>"
 
 
+class GenerationId:
+    """The VM generation ID: 128 bits in guest memory that tell a clone from its original.
+
+    After Microsoft's "Virtual Machine Generation ID" (2012): on an 8-byte boundary, in memory that
+    is neither RAM nor ACPI tables in the memory map. A device of the DSDT names its address.
+    """
+
+    SIZE = 16
+    ALIGN = 8
+
+    def __init__(self, value: bytes) -> None:
+        if len(value) != self.SIZE:
+            raise ValueError(f"a VM generation ID has {self.SIZE} bytes, not {len(value)}")
+        self.value = bytes(value)
+
+    def encode(self) -> bytes:
+        """Give its bytes."""
+        return self.value
+
+    def __repr__(self) -> str:
+        return f"<VM generation ID {self.value.hex()}>"
+
+
 class Rsdp:
     """Root System Description Pointer (5.2.5.3), with which a kernel begins."""
 

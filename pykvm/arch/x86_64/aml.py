@@ -13,6 +13,7 @@ from struct import error as StructError
 from struct import pack, unpack_from
 
 NAME, SCOPE, BUFFER, PACKAGE, METHOD, RETURN = 0x08, 0x10, 0x11, 0x12, 0x14, 0xA4
+NOTIFY = 0x86
 EXTENDED, DEVICE = 0x5B, 0x82
 STRING, BYTE, WORD, DWORD, QWORD = 0x0D, 0x0A, 0x0B, 0x0C, 0x0E
 ZERO, ONE, ONES = 0x00, 0x01, 0xFF
@@ -108,6 +109,11 @@ def return_(value: bytes) -> bytes:
     return bytes([RETURN]) + value
 
 
+def notify(text: str, value: int) -> bytes:
+    """Encode ``Notify(text, value)``: tell a device's driver of an event."""
+    return bytes([NOTIFY]) + path(text) + integer(value)
+
+
 def eisa_id(text: str) -> bytes:
     """Encode a plug-and-play id of three letters and four hex digits, ``"PNP0501"`` (19.3.4)."""
     letters, digits = text[:3], text[3:]
@@ -194,6 +200,11 @@ def _terms(code: bytes, at: int, end: int, depth: int, lines: list[str]) -> None
         if kind == RETURN:
             shown, at = _data(code, at + 1)
             lines.append(f"{indent}Return ({shown})")
+            continue
+        if kind == NOTIFY:
+            text, at = _path(code, at + 1)
+            shown, at = _data(code, at)
+            lines.append(f"{indent}Notify ({text}, {shown})")
             continue
         wide = kind == EXTENDED
         word = {SCOPE: "Scope", METHOD: "Method", EXTENDED: "Device"}.get(kind)

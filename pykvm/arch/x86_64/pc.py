@@ -45,6 +45,9 @@ SCI_GSI = 9
 """ACPI: the system control interrupt, level-triggered and active high."""
 VIRTIO_GSIS = (*range(16, 24), 5, 6, 7, 10, 11)
 """ACPI: interrupt lines of virtio-mmio devices, edge-triggered, in the order of their use."""
+IDENTITY_GSI = 12
+"""ACPI: says that the VM generation ID is another, as an edge. On PCs it is the mouse's, of which
+the FADT says that there is none."""
 ISA_IRQS = 16
 IOAPIC_PINS = 24
 
