@@ -170,7 +170,8 @@ class Debugging(Runs):
             access: ``"w"``: writes, with single steps only those that change something; ``"rw"``:
                 reads too.
             how: ``"watch"``: a debug register; ``"step"``: single steps, and a look after each,
-                slow, for one vCPU; ``"auto"``: the first of these that works here.
+                slow; several vCPUs take turns then, and with an irqchip cannot; ``"auto"``: the
+                first of these that works here.
 
         Raises:
             CapabilityError, LookupError: as of :meth:`breakpoint`.

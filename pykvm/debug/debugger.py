@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pykvm import kvm
 from pykvm.debug import probe
-from pykvm.debug.stepping import LENGTHS, REGISTERS, Stepping, _once
+from pykvm.debug.stepping import LENGTHS, REGISTERS, REGS, Stepping, _once
 from pykvm.debug.stops import AGAIN, BREAKPOINT, STEP, WATCHPOINT, Breakpoint, Stop, Watchpoint
 from pykvm.errors import CapabilityError
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from pykvm.cpu import Cpu
     from pykvm.debug.stepping import Go, Look
     from pykvm.debugging import Debugging
-
-REGS = 1
-"""KVM_SYNC_X86_REGS, as ``Cpu.dirty`` takes it."""
 
 
 class Debugger(Stepping):
@@ -80,13 +77,21 @@ class Debugger(Stepping):
                 problem = "nothing is mapped there: pass gpa="
             if not problem and way == probe.HARDWARE and self._registers_used() >= REGISTERS:
                 problem = f"all {REGISTERS} debug registers are taken"
-            if not problem and way == probe.STEP and len(self.cpus) > 1:
-                problem = "several vCPUs cannot be stepped together"
+            if not problem and way == probe.STEP:
+                problem = self._apart()
             if not problem:
                 return way
             problems.append(f"{way}: {problem}")
         mode = probe.mode_of(cpu.load_sregs())
         raise CapabilityError(f"no breakpoint at {address:#x} in {mode}: {'; '.join(problems)}")
+
+    def _apart(self) -> str:
+        """Why vCPUs cannot be stepped in turns: "" if they can."""
+        if len(self.cpus) > 1 and self._machine.irqchip is not None:
+            return (
+                "several vCPUs cannot be stepped together where they wait in the kernel (irqchip)"
+            )
+        return ""
 
     def _registers_used(self) -> int:
         points: list[Any] = [*self.breakpoints, *self.watchpoints]
@@ -117,8 +122,7 @@ class Debugger(Stepping):
                     problem = f"{problem}; {missing}" if missing else ""
                 if not problem and access != "w":
                     problem = "single steps see writes only"
-                if not problem and len(self.cpus) > 1:
-                    problem = "several vCPUs cannot be stepped together"
+                problem = problem or self._apart()
             if not problem:
                 point = Watchpoint(self, address, length, access, way)
                 self.watchpoints.append(point)
@@ -151,8 +155,7 @@ class Debugger(Stepping):
             return self._told(cpu, self._walk(cpu, deadline, look, go))
         watching = [point for point in self.watchpoints if point.way == probe.STEP]
         if watching or any(point.way == probe.STEP for point in self.breakpoints):
-            look = self._watch_by_steps(watching)
-            return self._told(cpus[0], self._walk(cpus[0], deadline, look, go))
+            return self._told(*self._walk_together(cpus, deadline, watching, go))
         while True:
             for cpu in cpus:
                 if self._stands_at_stop(cpu):

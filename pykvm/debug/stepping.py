@@ -10,7 +10,7 @@ from pykvm.errors import CapabilityError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Sequence
     from typing import Any
 
     from pykvm.cpu import Cpu
@@ -21,12 +21,16 @@ if TYPE_CHECKING:
     Go = Callable[[list[Cpu], int, int | None], tuple[Cpu, Any]]
     Strike = Callable[[Cpu, int], "Stop | None"]
 
+REGS = 1
+"""KVM_SYNC_X86_REGS, as ``Cpu.dirty`` takes it."""
 REGISTERS = 4
 """Debug registers of a processor (SDM Vol. 3B §18.2)."""
 LENGTHS = {1: 0, 2: 1, 4: 3, 8: 2}
 """DR7.LEN of so many bytes."""
 _ACCESS = {"x": 0, "w": 1, "rw": 3}
 _HLT = 0xF4
+TURN = 32
+"""Steps of one of several vCPUs before it is the next one's turn."""
 
 
 class Stepping:
@@ -97,10 +101,11 @@ class Stepping:
 
     # ---- steps -----------------------------------------------------------------------------------
 
-    def _walk(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
+    def _walk(self, cpu: Cpu, deadline: int, look: Look, go: Go, *, turn: bool = False) -> Any:
         """Step one vCPU until ``look`` gives a Stop after a step, or something else ends it.
 
         A stop that is planted where the vCPU stands is stepped over; those on the way stop it.
+        One with reason AGAIN ends a ``turn``, and else nothing.
         """
         over = True
         while True:
@@ -123,7 +128,9 @@ class Stepping:
                 else:
                     end = self._single_step(cpu, deadline, look, go)
             over = end is not None
-            if end is not None and end.reason != AGAIN and self._is_wanted(cpu, end):
+            if end is None or (end.reason == AGAIN and not turn):
+                continue
+            if end.reason == AGAIN or self._is_wanted(cpu, end):
                 return end
 
     def _single_step(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
@@ -186,24 +193,58 @@ class Stepping:
                 self.unplant(gpa, strike)
         return end
 
-    def _watch_by_steps(self, points: Iterable[Watchpoint]) -> Look:
-        points = list(points)
+    def _walk_together(
+        self, cpus: Sequence[Cpu], deadline: int, points: Sequence[Watchpoint], go: Go
+    ) -> tuple[Cpu, Any]:
+        """Step vCPUs, one at a time, until one meets a breakpoint or changes what is watched.
+
+        As no other runs meanwhile, it is known who has written. One that has halted waits for the
+        rest, as in any run.
+        """
+        look = self._watch_by_steps(points)
+        halted: list[Cpu] = []
+        try:
+            while True:
+                for cpu in cpus:
+                    if cpu in halted:
+                        continue
+                    for point in points:  # as its own page tables show it
+                        point.value = self._bytes(cpu, point)
+                    if len(cpus) == 1:
+                        return cpu, self._walk(cpu, deadline, look, go)
+                    end = self._walk(cpu, deadline, _for_a_turn(look), go, turn=True)
+                    if end.reason == HALTED:
+                        halted.append(cpu)
+                    if len(halted) == len(cpus):
+                        halted.clear()
+                        return cpu, end
+                    if end.reason not in (AGAIN, HALTED):
+                        return cpu, end
+        finally:
+            for cpu in halted:
+                self._halt_again(cpu)
+
+    def _halt_again(self, cpu: Cpu) -> None:
+        """Have the next run find a vCPU halted that has been so in this one."""
+        cpu._runner.give_back()
+        if not cpu._runner.halted:  # its HLT was a step, and is complete
+            cpu.load_regs().rip -= 1
+            cpu.dirty(REGS)
+
+    def _watch_by_steps(self, points: Sequence[Watchpoint]) -> Look:
         breaks = {point.address: point for point in self.breakpoints if point.way == probe.STEP}
 
         def look(cpu: Cpu) -> Stop | None:
             address = self.address(cpu)
             for point in points:
                 now = self._bytes(cpu, point)
-                if point.value is not None and now != point.value:
+                if now != point.value:
                     old, point.value = point.value, now
                     return Stop(WATCHPOINT, cpu.index, address, point, old, now)
-                point.value = now
             if address in breaks:
                 return Stop(BREAKPOINT, cpu.index, address, breaks[address])
             return None
 
-        for point in points:
-            point.value = self._bytes(self.cpus[0], point)
         return look
 
     def _bytes(self, cpu: Cpu, point: Watchpoint) -> bytes:
@@ -257,6 +298,17 @@ class Stepping:
 def _linear(rip: int, sregs: Any) -> int:
     long = sregs.efer & 1 << 10 and sregs.cs.l
     return rip if long else (sregs.cs.base + rip) & 0xFFFFFFFF
+
+
+def _for_a_turn(look: Look) -> Look:
+    left = TURN
+
+    def turn(cpu: Cpu) -> Stop | None:
+        nonlocal left
+        left -= 1
+        return look(cpu) or (None if left > 0 else Stop(AGAIN, cpu.index, Stepping.address(cpu)))
+
+    return turn
 
 
 def _once(cpu: Cpu) -> Stop:

@@ -264,6 +264,82 @@ def test_a_write_that_is_watched_stops_the_run_behind_it(
     assert point.hits == 3
 
 
+IN_TURNS = """
+    cmp ebx, 0
+    jne 2f
+    mov ecx, 50
+1:  mov eax, [0x9000]       # reads do not count
+    loop 1b
+    mov dword ptr [0x9000], 5
+    hlt
+2:  cmp dword ptr [0x9000], 5   # the second vCPU waits for the first
+    jne 2b
+    inc dword ptr [0x9000]
+    mov dword ptr [0x9004], 1
+    hlt
+"""
+
+
+@pytest.mark.parametrize("how", ["auto", "step"])
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_vcpus_the_one_that_wrote_is_named(
+    made: list[pykvm.Machine], how: str, order: tuple[int, int]
+) -> None:
+    m = make(made, IN_TURNS, cpus=2)
+    if how == "step" or m.debugger.obstacle(probe.WATCH, m.cpu):
+        need_steps(m)
+    first, second = order
+    m.cpus[first].rbx, m.cpus[second].rbx = 0, 1
+    point = m.watch(CELL, 4, how=how)
+    for who, value in ((first, 5), (second, 6)):
+        result = m.run(timeout=60)
+        assert (result.reason, result.exit.point, result.exit.cpu) == ("watchpoint", point, who)
+        assert (result.cpu, m.mem.u32[CELL]) == (who, value)
+        if point.way == probe.STEP:
+            assert result.exit.new == value.to_bytes(4, "little")
+    assert m.mem.u32[CELL + 4] == 0
+    assert m.run(timeout=60).reason == "halted"
+    assert m.mem.u32[CELL + 4] == 1
+
+
+def test_one_of_several_that_has_halted_stays_so_while_the_rest_is_watched(
+    made: list[pykvm.Machine],
+) -> None:
+    m = make(
+        made,
+        "cmp ebx, 0; je 1f; mov dword ptr [0x9000], 1; mov dword ptr [0x9000], 2;"
+        "mov ecx, 40; 2: loop 2b; hlt; 1: inc edi; hlt; inc edi; hlt",
+        cpus=2,
+    )
+    need_steps(m)
+    m.cpus[0].rbx, m.cpus[1].rbx = 0, 1
+    m.watch(CELL, 4, how="step")
+    for value in (1, 2):
+        result = m.run(timeout=60)
+        assert (result.reason, result.exit.cpu, m.mem[CELL]) == ("watchpoint", 1, value)
+        assert m.cpus[0].edi == 1
+    assert m.run(timeout=60).reason == "halted"
+    assert m.cpus[0].edi == 1  # it never went on while the other ran
+
+
+def test_a_breakpoint_by_steps_stops_each_of_several_vcpus(made: list[pykvm.Machine]) -> None:
+    m = make(made, "inc ebx; top: inc ebx; inc ebx; hlt", cpus=2)
+    need_steps(m)
+    m.breakpoint("top", how="step")
+    stopped = [m.run(timeout=60).exit for _ in range(2)]
+    assert {stop.cpu for stop in stopped} == {0, 1}
+    assert m.run(timeout=60).reason == "halted"
+    assert [cpu.ebx for cpu in m.cpus] == [3, 3]
+
+
+@pytest.mark.cap("KVM_CAP_IRQCHIP")
+def test_vcpus_that_wait_in_the_kernel_are_not_stepped_together(made: list[pykvm.Machine]) -> None:
+    m = make(made, cpus=2, irqchip=True)
+    need_steps(m)
+    with pytest.raises(CapabilityError, match=r"step: several vCPUs cannot be stepped .*irqchip"):
+        m.watch(CELL, how="step")
+
+
 def test_reads_are_watched_by_debug_registers_or_refused(made: list[pykvm.Machine]) -> None:
     m = make(made, "mov eax, [0x9000]; inc ebx; out 0xf4, al")
     if m.debugger.obstacle(probe.WATCH, m.cpu):
