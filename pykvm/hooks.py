@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pykvm import kvm
 from pykvm import result as reasons
-from pykvm._typing import overload
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Any, TypeVar
+    from typing import Any, TypeVar, overload
 
     from pykvm.cpu import Cpu
     from pykvm.devices.bus import Bus
@@ -33,12 +32,16 @@ class Hooks:
     _hooks: dict[int, Callable[[Any], object]]
     _msrs: dict[int, Callable[[Any], object]]
 
-    @overload
-    def on_pio(self, port: int, handler: Function, *, count: int = 1) -> Function: ...
-    @overload
-    def on_pio(
-        self, port: int, handler: None = None, *, count: int = 1
-    ) -> Callable[[Function], Function]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def on_pio(self, port: int, handler: Function, *, count: int = 1) -> Function: ...
+
+        @overload
+        def on_pio(
+            self, port: int, handler: None = None, *, count: int = 1
+        ) -> Callable[[Function], Function]: ...
+
     def on_pio(self, port: int, handler: Any = None, *, count: int = 1) -> Any:
         """Serve ``count`` I/O ports from ``port`` by a Python handler; also a decorator.
 
@@ -50,12 +53,16 @@ class Hooks:
         """
         return self._hook_range(self.pio, port, handler, count)
 
-    @overload
-    def on_mmio(self, gpa: int, length: int, handler: Function) -> Function: ...
-    @overload
-    def on_mmio(
-        self, gpa: int, length: int, handler: None = None
-    ) -> Callable[[Function], Function]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def on_mmio(self, gpa: int, length: int, handler: Function) -> Function: ...
+
+        @overload
+        def on_mmio(
+            self, gpa: int, length: int, handler: None = None
+        ) -> Callable[[Function], Function]: ...
+
     def on_mmio(self, gpa: int, length: int, handler: Any = None) -> Any:
         """Serve ``length`` bytes of guest-physical memory by a Python handler; also a decorator.
 
@@ -87,10 +94,14 @@ class Hooks:
         """
         return self._hook(kvm.KVM_EXIT_SHUTDOWN, handler)
 
-    @overload
-    def on_exit(self, reason: int, handler: Function) -> Function: ...
-    @overload
-    def on_exit(self, reason: int, handler: None = None) -> Callable[[Function], Function]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def on_exit(self, reason: int, handler: Function) -> Function: ...
+
+        @overload
+        def on_exit(self, reason: int, handler: None = None) -> Callable[[Function], Function]: ...
+
     def on_exit(self, reason: int, handler: Any = None) -> Any:
         """Call ``handler(exit)`` on any other exit, ``pykvm.kvm.KVM_EXIT_*``; also a decorator.
 
@@ -109,10 +120,16 @@ class Hooks:
         self._hooks[reason] = handler
         return handler
 
-    @overload
-    def on_msr(self, index: int | str, handler: Function) -> Function: ...
-    @overload
-    def on_msr(self, index: int | str, handler: None = None) -> Callable[[Function], Function]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def on_msr(self, index: int | str, handler: Function) -> Function: ...
+
+        @overload
+        def on_msr(
+            self, index: int | str, handler: None = None
+        ) -> Callable[[Function], Function]: ...
+
     def on_msr(self, index: int | str, handler: Any = None) -> Any:
         """Serve RDMSR and WRMSR of one MSR by a Python handler; also a decorator.
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from _operator import index  # `operator` itself costs an import
 
-from pykvm._typing import overload
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import Any, Self
+    from typing import Any, Self, overload
 
     from pykvm.cpu import Cpu
 
@@ -45,10 +43,14 @@ class Control(_Register):
     def __init__(self, field: str) -> None:
         self.field = field
 
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> int: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, cpu: None, owner: type) -> Self: ...
+
+        @overload
+        def __get__(self, cpu: Cpu, owner: type) -> int: ...
+
     def __get__(self, cpu: Cpu | None, owner: type) -> Self | int:
         if cpu is None:
             return self
@@ -72,10 +74,14 @@ class Field(_Register):
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
-    @overload
-    def __get__(self, view: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, view: _View, owner: type) -> int: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, view: None, owner: type) -> Self: ...
+
+        @overload
+        def __get__(self, view: _View, owner: type) -> int: ...
+
     def __get__(self, view: _View | None, owner: type) -> Self | int:
         if view is None:
             return self
@@ -145,10 +151,14 @@ class SegmentSlot(_Register):
     def __init__(self, field: str) -> None:
         self.field = field
 
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> SegmentView: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, cpu: None, owner: type) -> Self: ...
+
+        @overload
+        def __get__(self, cpu: Cpu, owner: type) -> SegmentView: ...
+
     def __get__(self, cpu: Cpu | None, owner: type) -> Self | SegmentView:
         return self if cpu is None else SegmentView(cpu, self.field)
 
@@ -169,10 +179,14 @@ class TableSlot(_Register):
     def __init__(self, field: str) -> None:
         self.field = field
 
-    @overload
-    def __get__(self, cpu: None, owner: type) -> Self: ...
-    @overload
-    def __get__(self, cpu: Cpu, owner: type) -> TableView: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __get__(self, cpu: None, owner: type) -> Self: ...
+
+        @overload
+        def __get__(self, cpu: Cpu, owner: type) -> TableView: ...
+
     def __get__(self, cpu: Cpu | None, owner: type) -> Self | TableView:
         return self if cpu is None else TableView(cpu, self.field)
 

@@ -10,14 +10,13 @@ import os
 from _thread import RLock
 
 from pykvm._abi import ffi, lib
-from pykvm._typing import overload
 from pykvm.devices import KEEP_BYTES
 from pykvm.errors import PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import Any
+    from typing import Any, overload
 
 
 RECORD_BYTES: int = ffi.sizeof("struct pykvm_record")
@@ -271,10 +270,14 @@ class Records:
     def __len__(self) -> int:
         return len(self._data) // RECORD_BYTES
 
-    @overload
-    def __getitem__(self, at: int) -> Record: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Record]: ...
+    if TYPE_CHECKING:
+
+        @overload
+        def __getitem__(self, at: int) -> Record: ...
+
+        @overload
+        def __getitem__(self, at: slice) -> list[Record]: ...
+
     def __getitem__(self, at: int | slice) -> Record | list[Record]:
         numbers = range(len(self))[at]
         if isinstance(numbers, range):

@@ -18,7 +18,7 @@ _MACHINE = "machine"
 #: The storeys from the ground up, as names below the package; "" is the package itself, the façade
 #: over it all. A module imports from its own storey and from those below.
 STOREYS = (
-    {"errors", "_typing"},
+    {"errors"},
     {"_abi"},
     {"kvm", "memory"},
     {"arch", "boot", "devices"},
