@@ -148,6 +148,7 @@ class Debugger(Stepping):
 
     def run(self, cpus: list[Cpu], deadline: int, max_exits: int | None, go: Go) -> tuple[Cpu, Any]:
         """Run the vCPUs until something ends that; ``go`` is how a machine runs undebugged."""
+        self.planted.settle()
         for cpu in cpus:
             cpu._runner.forget_reservation()  # of start(): it is ours now, between runs too
         if self._steps is not None:
@@ -201,7 +202,7 @@ class Debugger(Stepping):
         regs = cpu.load_regs()
         address = self.address(cpu)
         gpa = self.gpa(cpu, address)
-        if gpa is None or not self.planted.stops_at(gpa):
+        if gpa is None or not (self.planted.stops_at(gpa) or self.planted.was_at(gpa)):
             cpu._runner.pass_on()
             return None
         # KVM finishes an IN on re-entry only: let it, and take back what it did.
@@ -214,7 +215,7 @@ class Debugger(Stepping):
 
     def _strike_at(self, cpu: Cpu, gpa: int, address: int) -> Stop | None:
         wanted = None
-        for strike in list(self._at_gpa[gpa]):
+        for strike in list(self._at_gpa.get(gpa, ())):
             stop = strike(cpu, address)
             if stop is not None and (wanted is None or stop.reason == BREAKPOINT):
                 wanted = stop
@@ -247,11 +248,9 @@ class Debugger(Stepping):
 
     def _shutdown(self, cpu: Cpu) -> Any:
         """Whether a guest without an IDT fell over a planted stop: IN is not permitted to it."""
-        if not self.planted:
-            return False
         address = self.address(cpu)
         gpa = self.gpa(cpu, address)
-        if gpa is None or not self.planted.stops_at(gpa):
+        if gpa is None or not (self.planted.stops_at(gpa) or self.planted.was_at(gpa)):
             return False
         cpu._forget_history()
         return self._strike_at(cpu, gpa, address)

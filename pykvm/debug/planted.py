@@ -10,7 +10,7 @@ Why this instruction: docs/debugging.md. C looks whether an exit may be of one o
 
 from __future__ import annotations
 
-from pykvm._abi import ffi
+from pykvm._abi import ffi, lib
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 
 IN_AL_DX = 0xEC
 _PAGE = 0x1000
+_IN = frozenset((0x6C, 0xE4, 0xEC))
+"""Opcodes of instructions that read one byte from a port."""
+_PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3,
+                       *range(0x40, 0x50)))  # fmt: skip
 
 
 class Planted:
@@ -40,6 +44,7 @@ class Planted:
         self._users: dict[int, int] = {}
         self._originals: dict[int, int] = {}
         self._lifted: set[int] = set()
+        self._gone: set[int] = set()
         self._c = ffi.new("struct pykvm_planted *")
         self._at_offset = [0] * _PAGE
 
@@ -56,6 +61,22 @@ class Planted:
         """Whether an IN at ``gpa`` is a planted one. While that is lifted it is the guest's own."""
         return gpa in self._originals and gpa not in self._lifted
 
+    def was_at(self, gpa: int) -> bool:
+        """Whether an IN at ``gpa`` is one that another vCPU's stop has taken away meanwhile."""
+        if gpa not in self._gone:
+            return False
+        code = self._memory.read(gpa, min(16, _PAGE - gpa % _PAGE))
+        return next((byte for byte in code if byte not in _PREFIXES), 0) not in _IN
+
+    def settle(self) -> None:
+        """No vCPU runs: none has an exit left of a stop that is not there any more."""
+        if self._gone and not any(
+            c.access.pending == lib.PYKVM_UNSERVED for c in self._vcpus
+        ):
+            gone, self._gone = self._gone, set()
+            for gpa in gone:
+                self._mark(gpa, -1)
+
     def plant(self, gpa: int) -> None:
         """Put a stop at a guest-physical address, or count one more who wants it.
 
@@ -64,11 +85,10 @@ class Planted:
         """
         users = self._users.get(gpa, 0)
         if not users:
-            original = self._memory[gpa]
-            self._poke(gpa, IN_AL_DX)
-            self._originals[gpa] = original
+            self._originals[gpa] = self._memory[gpa]
             self._lifted.discard(gpa)
             self._mark(gpa, 1)
+            self._poke(gpa, IN_AL_DX)  # last of all: another vCPU may come to it at once
         self._users[gpa] = users + 1
 
     def remove(self, gpa: int) -> None:
@@ -79,7 +99,10 @@ class Planted:
         elif users:
             del self._users[gpa]
             original = self._originals.pop(gpa)
-            self._mark(gpa, -1)
+            if len(self._vcpus) < 2 or gpa in self._gone:
+                self._mark(gpa, -1)
+            else:  # another vCPU may have come to it in this moment: C is to tell of that
+                self._gone.add(gpa)
             if self._memory[gpa] == IN_AL_DX:  # else the guest has written its code anew
                 self._poke(gpa, original)
 
@@ -145,7 +168,7 @@ class Planted:
         else:
             self._c.offsets[offset // 64] &= ~bit
         for c in self._vcpus:
-            c.planted = self._c if self._originals else ffi.NULL
+            c.planted = self._c if self._originals or self._gone else ffi.NULL
 
 
 class Lifted:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pykvm._abi import ffi
+from pykvm._abi import ffi, lib
 from pykvm.debug.planted import IN_AL_DX, Planted
 from pykvm.errors import GuestMemoryError
 from pykvm.memory import GuestMemory
@@ -43,6 +43,30 @@ def test_a_stop_is_there_until_the_last_who_wants_it_removes_it() -> None:
         planted.remove(0x1005)
         planted.remove(0x1005)
         assert ram[0x1005] == CODE[0x1005] and not c.planted
+
+
+def test_a_stop_that_went_while_vcpus_run_is_known_until_they_stand() -> None:
+    cpus = [
+        SimpleNamespace(planted=ffi.NULL, access=SimpleNamespace(pending=lib.PYKVM_IDLE))
+        for _ in range(2)
+    ]
+    with memory() as ram:
+        planted = Planted(ram, cpus)
+        for gpa, code in ((0x10, b"\x48\x89"), (0x20, b"\xec"), (0x30, b"\xf3\x6c")):
+            ram.write(gpa, code)
+            planted.plant(gpa)
+            planted.remove(gpa)
+            planted.plant(gpa)
+            planted.remove(gpa)
+        assert not len(planted) and offsets(cpus[1]) == {0x10, 0x20, 0x30}
+        assert planted.was_at(0x10) and not planted.was_at(0x1010)
+        assert not planted.was_at(0x20) and not planted.was_at(0x30)  # the guest's own INs
+        cpus[1].access.pending = lib.PYKVM_UNSERVED
+        planted.settle()
+        assert planted.was_at(0x10)
+        cpus[1].access.pending = lib.PYKVM_IDLE
+        planted.settle()
+        assert not planted.was_at(0x10) and not cpus[0].planted
 
 
 def test_where_there_is_no_memory_nothing_is_planted() -> None:
