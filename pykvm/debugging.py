@@ -302,7 +302,7 @@ class Debugging(Runs):
         return compare(self.debugger, cpu, limit, lambda look: self._stepping(cpu, look, timeout))
 
     def call(self, where: int | str, *arguments: int, timeout: float | None = 5.0) -> int:
-        """Call a function of the guest as C does, and put all registers back afterwards.
+        """Call a function of the guest as C does, and put its registers back afterwards.
 
         The first vCPU calls it, from where it stands, on its own stack. In 64-bit mode the first
         six arguments go into RDI, RSI, RDX, RCX, R8 and R9, in 32-bit mode onto the stack.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykvm.debug import floating
 from pykvm.debug.disassembly import bits_of
 from pykvm.debug.stops import BREAKPOINT
 from pykvm.errors import RunError
@@ -43,6 +44,7 @@ def call(
             raise ValueError(f"{argument:#x} does not fit into {bits} bits")
     regs = cpu.load_regs()
     saved = {name: getattr(regs, name) for name in _GENERAL}
+    saved_fpu = floating.take(cpu.vcpu)
     back = cpu.rip
     frame = [back] if bits == 64 else [back, *arguments]
     stack = (cpu.rsp - _RED_ZONE & ~15) - len(frame) * word
@@ -71,6 +73,7 @@ def call(
     answer = cpu.rax & mask
     for name, value in saved.items():
         setattr(cpu, name, value)
+    floating.put(cpu.vcpu, saved_fpu)
     return answer
 
 

@@ -6,6 +6,8 @@ and order they fix, and one of ours for control registers.
 
 from __future__ import annotations
 
+from pykvm.debug import floating
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -162,5 +164,5 @@ class Bank:
     def store(self) -> None:
         """Tell KVM what has changed."""
         if self._fpu_changed:
-            self._cpu.vcpu.set_fpu(self._fpu)
+            floating.set_fpu(self._cpu.vcpu, self._fpu)
             self._fpu_changed = False

@@ -11,7 +11,7 @@ from pykvm.debug import probe
 from pykvm.debug.disassembly import bits_of
 from pykvm.debug.gdb_packets import SIZE, number, numbers, unhex
 from pykvm.debug.gdb_registers import Bank, description, layout
-from pykvm.errors import PykvmError
+from pykvm.errors import CapabilityError, PykvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -61,16 +61,23 @@ class Session:
         self.acks = True
         self.over = ""
         self.result: RunResult | None = None
+        self._raised: Exception | None = None  # by what the script has the guest's exits served by
 
     @property
     def _cpu(self) -> Cpu:
         return self._m.cpus[self._thread]
 
     def answer(self, packet: bytes) -> list[bytes]:
-        """The answers to a packet: payloads, in order."""
+        """The answers to a packet: payloads, in order.
+
+        Raises:
+            Exception: what a handler, a hook or a condition of a breakpoint raised.
+        """
         try:
             return self._answer(packet)
-        except (ValueError, LookupError, OverflowError, PykvmError):
+        except (ValueError, LookupError, OverflowError, PykvmError) as error:
+            if error is self._raised:
+                raise
             return [b"E01"]
 
     def close(self) -> None:
@@ -216,9 +223,11 @@ class Session:
         where, _, text = rest.partition(b":")
         address, length = numbers(where, 2)
         data = text if binary else unhex(text)
+        if len(data) != length:
+            raise ValueError(f"{length} bytes are said, {len(data)} given")
         pieces = self._pieces(address, length)
-        if len(data) != length or sum(size for _, size in pieces) != length:
-            raise ValueError(f"{length} bytes at {address:#x}: not mapped, or not given")
+        if sum(size for _, size in pieces) != length:
+            raise ValueError(f"{length} bytes at {address:#x}: not all of it is mapped")
         at = 0
         for gpa, size in pieces:
             self._m.memory.load(gpa, data[at : at + size])
@@ -278,10 +287,16 @@ class Session:
         return self._go(None)
 
     def _go(self, step: int | None) -> list[bytes]:
-        if step is None:
-            result = self._resume(self._m.run)
-        else:
-            result = self._resume(lambda: self._m.step(cpu=step, timeout=None))
+        try:
+            if step is None:
+                result = self._resume(self._m.run)
+            else:
+                result = self._resume(lambda: self._m.step(cpu=step, timeout=None))
+        except CapabilityError as error:
+            return [*_console(f"{error}\n"), b"E01"]
+        except Exception as error:
+            self._raised = error
+            raise
         self.result = result
         self._thread = result.cpu
         return self._told(result)

@@ -70,9 +70,7 @@ class Planted:
 
     def settle(self) -> None:
         """No vCPU runs: none has an exit left of a stop that is not there any more."""
-        if self._gone and not any(
-            c.access.pending == lib.PYKVM_UNSERVED for c in self._vcpus
-        ):
+        if self._gone and not any(c.access.pending == lib.PYKVM_UNSERVED for c in self._vcpus):
             gone, self._gone = self._gone, set()
             for gpa in gone:
                 self._mark(gpa, -1)

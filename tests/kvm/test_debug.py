@@ -8,7 +8,7 @@ import pytest
 
 import pykvm
 from pykvm import result as reasons
-from pykvm.debug import disassembly, probe, stops
+from pykvm.debug import disassembly, floating, probe, stops
 from pykvm.errors import CapabilityError, RunError
 from tests.support.stops import CELL, COUNT, ENTRY, MODES, machine
 
@@ -429,6 +429,10 @@ fact:
     pop rdi
     imul rax, rdi
 1:  ret
+floating:
+    .byte 0xf3, 0x0f, 0x58, 0xc0    # addss xmm0, xmm0
+    fld1
+    ret
 stuck:
     jmp stuck
 crash:
@@ -448,6 +452,19 @@ def test_functions_of_the_guest_are_called_and_leave_no_trace(made: list[pykvm.M
         assert m.call("fact", 10) == 3628800
         assert m.cpu.regs == before
         assert m.run(timeout=20).reason == "stopped"
+
+
+def test_the_floating_point_of_a_called_function_leaves_no_trace_either(
+    made: list[pykvm.Machine],
+) -> None:
+    m = make(made, FUNCTIONS, ring=3)  # where every back end executes it
+    need_steps(m)
+    fpu = m.cpu.vcpu.get_fpu()
+    fpu.xmm[0][3] = 0x3F
+    floating.set_fpu(m.cpu.vcpu, fpu)
+    before = m.snapshot()
+    m.call("floating")
+    assert before.diff(m.snapshot()).registers == []
 
 
 def test_arguments_of_32_bit_code_are_on_the_stack(made: list[pykvm.Machine]) -> None:

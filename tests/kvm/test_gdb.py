@@ -321,6 +321,41 @@ def test_what_is_not_mapped_is_an_error_and_not_the_end() -> None:
         assert session.answer(b"m8000,4")[0] != b"E01"
 
 
+@pytest.mark.parametrize("error", [ValueError, KeyError, pykvm.errors.PykvmError, RuntimeError])
+def test_what_a_handler_raises_comes_out_of_the_session(error: type[Exception]) -> None:
+    def handler(access: object) -> None:
+        raise error("mine")
+
+    with pykvm.Machine("128K") as m:
+        m.load(pykvm.asm("out 0x50, al; hlt", mode="long64"), at=0x8000)
+        m.cpu.enter("long64", entry=0x8000)
+        m.on_pio(0x50, handler)
+        session = Session(m, lambda run: run())
+        with pytest.raises(error, match="mine"):
+            session.answer(b"c")
+        assert session.answer(b"m,") == [b"E01"]
+
+
+def test_what_gdb_writes_to_an_sse_register_is_what_the_guest_has() -> None:
+    """Also if it has used none before; ring 3, where every back end executes SSE."""
+    movq = bytes.fromhex("660fd6042500800100")  # movq [0x18000], xmm0
+    with pykvm.Machine("128K") as m:
+        m.load(movq + pykvm.asm("mov dx, 0x3f4; out dx, al", mode="long64"), at=0x8000)
+        m.cpu.enter("long64", entry=0x8000, ring=3, iopl=3)
+        m.pio.stop(0x3F4)
+        number = next(n for n, each in enumerate(layout(64)) if each.name == "xmm0")
+        value = bytes(range(1, 17))
+        session = Session(m, lambda run: run())
+        assert session.answer(b"P%x=%s" % (number, value.hex().encode())) == [b"OK"]
+        assert session.answer(b"p%x" % number) == [value.hex().encode()]
+        with m.snapshot() as s:
+            for _ in range(2):
+                assert m.run(timeout=20).reason == "stopped"
+                assert m.memory.read(0x18000, 8) == value[:8]
+                m.memory.u64[0x18000] = 0
+                s.restore()
+
+
 def test_every_register_takes_what_gdb_writes_and_shows_it() -> None:
     with machine() as m:
         session = Session(m, lambda run: run())
