@@ -7,7 +7,6 @@ APM Vol. 3 appendix E).
 
 from __future__ import annotations
 
-from pykvm.arch.x86_64.cpuid import FEATURES, find
 from pykvm.kvm import new_cpuid2
 
 TYPE_CHECKING = False
@@ -24,6 +23,8 @@ def parse_features(text: str) -> dict[str, bool]:
     Raises:
         ValueError: a name that is not known here; the message has those that are near.
     """
+    from pykvm.arch.x86_64.cpuid import FEATURES
+
     wanted: dict[str, bool] = {}
     known = {name for names in FEATURES.values() for name in names.values()}
     for item in filter(None, (part.strip() for part in text.split(","))):
@@ -69,7 +70,8 @@ def prepare(
             entry.ecx = entry.ecx & ~0xF0FF | (count - 1) & 0xFF | bits << 12
         elif entry.function == 0x8000001E:
             entry.eax, entry.ebx, entry.ecx = index, index & 0xFF, 0
-        _apply(entry, features)
+        if features:
+            _apply(entry, features)
     return cpuid
 
 
@@ -79,10 +81,8 @@ def _with_topology(entries: list[Any], count: int) -> list[Any]:
     KVM offers the first; the others begin as copies of it.
     """
     whole = [e for e in entries if not (e.function in TOPOLOGY_LEAVES and e.index)]
-    for leaf in TOPOLOGY_LEAVES:
-        first = find(entries, leaf)
-        if first is not None and count > 1:
-            whole += [first, first]
+    if count > 1:
+        whole += [e for e in whole if e.function in TOPOLOGY_LEAVES for _ in range(2)]
     return whole
 
 
@@ -98,6 +98,8 @@ def _topology(entry: Any, index: int, count: int, bits: int) -> None:
 
 
 def _apply(entry: Any, features: dict[str, bool]) -> None:
+    from pykvm.arch.x86_64.cpuid import FEATURES
+
     for register in ("eax", "ebx", "ecx", "edx"):
         names = FEATURES.get((entry.function, entry.index, register))
         if names:

@@ -170,7 +170,7 @@ class Machine(Debugging, SnapshotMethods, VirtioMethods, Closing):
                     chip.program_pic_as_bios()
             self._prepare_for_intel()
         entries, for_first, gigapages = self._cpuid(cpuid, host)
-        features = self._wanted_features()
+        features = self._wanted_features() if self._features else {}
         power_on = host.power_on if cpus == 1 and not irqchip else None
         made = []
         for index in range(cpus):
@@ -205,8 +205,6 @@ class Machine(Debugging, SnapshotMethods, VirtioMethods, Closing):
             self.vm.set_identity_map_addr(TSS_ADDR - 0x1000)
 
     def _wanted_features(self) -> dict[str, bool]:
-        if not self._features:
-            return {}
         from pykvm.cpu_model import parse_features
 
         return parse_features(self._features)

@@ -80,7 +80,7 @@ class Runner:
         sync_regs: bool,
     ) -> None:
         self.vcpu = vcpu
-        self._page = vcpu.kvm_run  # C has a bare pointer to it
+        self._page = page = vcpu.kvm_run  # C has a bare pointer to it
         self._slots = slots
         self._buses = buses
         self._hooks = hooks
@@ -88,7 +88,7 @@ class Runner:
         self.debug: Debugger | None = None
         self.c = c = ffi.new("struct pykvm_vcpu *")
         self.address = int(ffi.cast("uintptr_t", c))
-        c.run = vcpu.kvm_run
+        c.run = page
         c.fd = vcpu.fd
         c.index = index
         c.enter = _ENTER
@@ -154,7 +154,8 @@ class Runner:
             lock: taken around every handler, where several vCPUs share them.
         """
         c = self.c
-        if self.owner and self.owner != RESERVED:
+        owner = c.owner
+        if owner and owner != RESERVED:
             raise self._busy()
         page = self._page  # held, so that another thread's close() cannot take it from under C
         if page is None:
@@ -184,7 +185,7 @@ class Runner:
             raise KvmError("sigaction", -error, _KICK_TAKEN)
         if error:
             raise KvmError("timer_create", -error)
-        self.owner = get_ident()
+        self.c.owner = get_ident()
 
     def _loop(self, lock: Any) -> End:
         vcpu, handlers = self.address, self._slots

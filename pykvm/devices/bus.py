@@ -278,8 +278,8 @@ class Bus:
         claim = Claim(self, first, first + length - 1, on_read, on_write, value, **rest)
         with self._lock:
             claims = self._claims
-            at = _position(claims, first)
-            for other in claims[max(at - 1, 0) : at + 1]:
+            at = _position(claims, first) if claims else 0
+            for other in claims[at - 1 if at else 0 : at + 1]:
                 if other.first <= claim.last and claim.first <= other.last:
                     raise BusOverlapError(f"{claim!r} overlaps {other!r}: release() that first")
             self._place(claim)
@@ -339,7 +339,7 @@ class Bus:
     def drain(self) -> None:
         """Empty every ring into its Python end; over the limit, what is in the ring waits there."""
         for claim in self.claims():
-            if claim.drains:
+            if claim.device is not None and claim.drains:
                 claim.device.drain(at_end=True)
 
     def close(self) -> None:
@@ -357,7 +357,7 @@ class Bus:
     def attach(self, vcpu: Any) -> None:
         """Let a ``struct pykvm_vcpu`` use this bus from now on."""
         self._vcpus.append(vcpu)
-        if self._table is None and self.claims():  # without a table nothing is claimed
+        if self._table is None and (self._claims or self._rest):  # without one nothing is claimed
             self._table = self._build()
         if self._table is not None:
             setattr(vcpu, self.name, self._table[0])

@@ -95,7 +95,7 @@ class CapHandle(Handle):
     __slots__ = ("_caps",)
 
     def __init__(self, fd: int, caps: dict[str, int]) -> None:
-        super().__init__(fd)
+        self._fd = fd
         self._caps = caps  # what need() already asked; shared by VMs of one Kvm and type
 
     def check_extension(self, cap: int | str) -> int:

@@ -79,7 +79,7 @@ def call_int(handle: Handle, name: str, value: int) -> int:
     """
     if not 0 <= value < 1 << 64:
         raise ValueError(f"{name}: {value:#x} does not fit an unsigned long")
-    return call(handle, name, ffi.cast("void *", value))
+    return call(handle, name, ffi.cast("void *", value) if value else NULL)
 
 
 def fail(handle: Handle, name: str, errno: int) -> NoReturn:

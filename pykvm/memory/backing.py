@@ -131,7 +131,8 @@ def anonymous(gpa: int, size: int, huge: str | None = None) -> Backing:
         CapabilityError: not enough free huge pages of that size.
         OSError: no room in the address space.
     """
-    _check_huge(gpa, size, huge)
+    if huge is not None:
+        _check_huge(gpa, size, huge)
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge in _HUGETLB_SHIFTS:
         # Without a reservation (NORESERVE) mmap would succeed and the first access die of SIGBUS.
@@ -140,7 +141,8 @@ def anonymous(gpa: int, size: int, huge: str | None = None) -> Backing:
     slack = _THP_SIZE if size >= _THP_SIZE else 0
     mapping = _map(-1, size, flags | _MAP_NORESERVE, slack=slack)
     made = Backing("anonymous", mapping, size, gpa=gpa, huge=huge)
-    _advise(mapping, made.window, size, huge)
+    if huge == "thp":
+        _advise(mapping, made.window, size)
     return made
 
 
@@ -153,7 +155,8 @@ def memfd(gpa: int, size: int, huge: str | None = None, name: str = "") -> Backi
     """
     import fcntl
 
-    _check_huge(gpa, size, huge)
+    if huge is not None:
+        _check_huge(gpa, size, huge)
     flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
     if huge in _HUGETLB_SHIFTS:
         flags |= os.MFD_HUGETLB | _HUGETLB_SHIFTS[huge] << os.MFD_HUGE_SHIFT
@@ -166,7 +169,8 @@ def memfd(gpa: int, size: int, huge: str | None = None, name: str = "") -> Backi
             _refuse(error, size, "memfd", huge)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
         mapping = _map(fd, size, mmap.MAP_SHARED, huge=huge)
-        _advise(mapping, 0, size, huge)
+        if huge == "thp":
+            _advise(mapping, 0, size)
         return Backing("memfd", mapping, size, fd=fd, huge=huge)
     except BaseException:
         if fd >= 0:
@@ -298,9 +302,7 @@ def _refuse(error: OSError, size: int, what: str, huge: str | None) -> NoReturn:
     ) from error
 
 
-def _check_huge(gpa: int, size: int, huge: str | None) -> None:
-    if huge is None:
-        return
+def _check_huge(gpa: int, size: int, huge: str) -> None:
     if huge == "thp":
         if size < _THP_SIZE:
             raise ValueError(f'huge="thp": {format_size(size)} is less than one huge page, 2M')
@@ -315,9 +317,7 @@ def _check_huge(gpa: int, size: int, huge: str | None) -> None:
         )
 
 
-def _advise(mapping: mmap.mmap, window: int, size: int, huge: str | None) -> None:
-    if huge != "thp":
-        return
+def _advise(mapping: mmap.mmap, window: int, size: int) -> None:
     try:
         mapping.madvise(mmap.MADV_HUGEPAGE, window, size)
     except OSError as error:

@@ -77,7 +77,8 @@ class GuestMemory(Building):
         self._window = _NO_WINDOW
         self._octets = _NO_OCTETS
         if size is not None:
-            self.add(0, size)
+            region = self.add(0, size)
+            self._octets = (0, region.end, region.cells(1))  # most likely it is written next
 
     def __getattr__(self, name: str) -> Words:
         """Make u8, u16, u32 or u64 when it is first used."""
@@ -202,6 +203,10 @@ class GuestMemory(Building):
         Only a file mapped shared and read-only stays closed to it.
         """
         data = _plain(data)
+        start, end, octets = self._octets
+        if type(gpa) is int and start <= gpa <= end - len(data):
+            octets[gpa - start : gpa - start + len(data)] = data
+            return
         pieces = self._map.writable(gpa, len(data), rom=True)
         if self._map.writes is not None:
             _mark(self._map.writes, pieces)

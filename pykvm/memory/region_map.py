@@ -2,7 +2,7 @@
 
 Every access is turned into pieces here, each within one region: ``readable()`` for reads,
 ``writable()`` for writes, where a read-only region is refused. Every write of the API goes through
-``writable()``, or to a region that it let a write into before and that its caller remembers for
+``writable()``, or to a region that it lets every write into and that its caller remembers for
 speed; who must see each single write has those callers forget and not remember.
 """
 
@@ -100,6 +100,8 @@ class RegionMap:
             raise ValueError(
                 f"{gpa:#x}..{gpa + size:#x} is not within the 52 bits of a physical address"
             )
+        if slot is None and not self.regions:
+            return gpa, 0
         if (other := self.overlap(gpa, size)) is not None:
             raise ValueError(
                 f"{gpa:#x}-{gpa + size - 1:#x} ({format_size(size)}) overlaps the region "
