@@ -26,7 +26,9 @@ from pykvm.machine import Machine
 from pykvm.memory import GuestMemory
 from pykvm.snapshot import claims as claims_of
 from pykvm.snapshot import devices as devices_of
+from pykvm.snapshot import identity as identities
 from pykvm.snapshot import image as images
+from pykvm.snapshot import served as served_by
 from pykvm.snapshot import vcpu as vcpus
 from pykvm.snapshot import vm as vms
 from pykvm.snapshot.reset import Plan, Tracking
@@ -56,6 +58,7 @@ class Snapshot(Closing):
         vm: the state of the VM, KVM's structures by name.
         devices: the state of every device, by its first port or address.
         claims: the ranges that C serves and that a machine can be given again.
+        served: ranges, MSRs and exits that code served, which it cannot.
         cpus: of each vCPU, whether it was entered and why it cannot go on.
         is_pc: whether it was booted, and so has the devices of a PC.
         image: its memory.
@@ -95,6 +98,7 @@ class Snapshot(Closing):
         self.tsc_khz = 0
         self.boot_plan: Any = None
         self.identity: int | None = None
+        self.served: list[dict[str, Any]] = []
         self._machine: Machine | None = None
 
     # ---- back ----------------------------------------------------------------------------------
@@ -117,7 +121,9 @@ class Snapshot(Closing):
         machine = machine or self._machine
         if machine is None:
             raise SnapshotError("this snapshot has no machine: fork() it, or say which to restore")
-        value = _another(identity, machine.pc is not None and machine.pc.identity is not None)
+        value = identities.another(
+            identity, machine.pc is not None and machine.pc.identity is not None
+        )
         machine.forget_stop()
         self.put_back(machine)
         _tell(machine, value)
@@ -140,7 +146,7 @@ class Snapshot(Closing):
         """After KVM's part: devices, and what Python remembers."""
         for cpu, (entered, ended) in zip(machine.cpus, self.cpus, strict=True):
             cpu.put_back(entered, ended)
-        devices_of.restore(devices, self.devices)
+        devices_of.restore(devices, self.devices, self.served)
         devices_of.resume(devices)
 
     def fork(self, setup: Setup | None = None, *, identity: Identity = "new") -> Machine:
@@ -151,7 +157,8 @@ class Snapshot(Closing):
         ``setup`` gives the new one its own, before their state is restored.
 
         Args:
-            setup: called with the machine before anything is restored.
+            setup: called with the machine before anything is restored. Handlers that the original
+                had, and that are not there afterwards, are named by a RuntimeWarning.
             identity: the VM generation ID of a guest that was booted with one: ``"new"``: another,
                 random one, of which it is told as it runs on, so that its random numbers are its
                 own; ``"keep"``: that of the snapshot, for what is to repeat exactly; or 16 bytes or
@@ -161,7 +168,7 @@ class Snapshot(Closing):
             SnapshotError: the snapshot has the state of a device that the machine lacks, or no
                 place for an identity that was given.
         """
-        value = _another(identity, self.identity is not None)
+        value = identities.another(identity, self.identity is not None)
         memory = GuestMemory()
         try:
             self.image.map_into(memory)
@@ -188,6 +195,7 @@ class Snapshot(Closing):
             with _quiet(machine):
                 self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
             _tell(machine, value)
+            served_by.warn(self.served, (machine.pio, machine.mmio), _hooks(machine))
         except BaseException:
             machine.close()
             raise
@@ -248,6 +256,7 @@ class Snapshot(Closing):
             "vm": {name: data.hex() for name, data in self.vm.items()},
             "devices": self.devices,
             "claims": self.claims,
+            "served": self.served,
         }
 
     @classmethod
@@ -283,8 +292,10 @@ class Snapshot(Closing):
                 id=str(header["id"]),
             )
             made.cpuid, made.tsc_khz = cpuid, int(header["tsc_khz"])
-            place = header.get("identity")  # older files have none
-            made.identity = None if place is None else _place(place, image)
+            # Older files have neither.
+            made.served = served_by.of_json(header.get("served", ()))
+            place = header.get("identity")
+            made.identity = None if place is None else identities.place(place, image)
             if len(made.cpus) != len(made.vcpus) or len(made.cpus) != options["cpus"]:
                 raise ValueError("it is of different numbers of vCPUs")
         except (KeyError, TypeError, ValueError) as error:
@@ -348,6 +359,7 @@ def take(machine: Machine) -> Snapshot:
             is_pc=machine.pc is not None,
         )
     snapshot._machine = machine
+    snapshot.served = served_by.capture((machine.pio, machine.mmio), _hooks(machine))
     snapshot.cpuid = cpuid_of.as_text(machine.cpu)
     snapshot.tsc_khz = cpuid_of.tsc_khz(machine)
     if machine.pc is not None:
@@ -355,6 +367,10 @@ def take(machine: Machine) -> Snapshot:
         if machine.pc.identity is not None:
             snapshot.identity = machine.pc.identity.gpa
     return snapshot
+
+
+def _hooks(machine: Machine) -> dict[str, dict[int, Any]]:
+    return {served_by.MSR: machine._msrs, served_by.EXIT: machine._hooks}
 
 
 def _memory(machine: Machine) -> Image:
@@ -385,37 +401,11 @@ def _plan(machine: Machine, snapshot: Snapshot, tracking: Tracking | None) -> Pl
     return Plan(machine.vm, cpus, tracking, snapshot.vcpus, snapshot.vm, snapshot.image, irqchip)
 
 
-def _another(identity: Identity, there: bool) -> bytes | None:
-    """The VM generation ID that a machine is to get, or None; ``there``: whether it has one."""
-    if identity == "keep":
-        return None
-    from pykvm.devices.vmgenid import id_of
-
-    value = id_of(identity)
-    if not there and not isinstance(identity, str):
-        raise SnapshotError("this guest has no VM generation ID: none can be given to it")
-    return value if there else None
-
-
 def _tell(machine: Machine, value: bytes | None) -> None:
     """After all is back: write the ID into the machine's own memory, and tell the guest."""
     if value is not None:
         assert machine.pc is not None and machine.pc.identity is not None
         machine.pc.identity.change(value)
-
-
-def _place(gpa: Any, image: Image) -> int:
-    """Where a file says that the VM generation ID is. ValueError: it cannot be there."""
-    if (
-        type(gpa) is not int
-        or gpa % 8
-        or not any(
-            not part.readonly and part.gpa <= gpa <= part.gpa + part.size - 16
-            for part in image.parts
-        )
-    ):
-        raise ValueError(f"no VM generation ID can be at {gpa!r}")
-    return gpa
 
 
 def _check(machine: Machine) -> None:

@@ -21,14 +21,15 @@ def capture(buses: Iterable[Bus]) -> list[dict[str, Any]]:
     found = []
     for bus in buses:
         for claim in bus.claims():
-            what = _describe(claim)
+            what = describe(claim)
             if what is not None:
                 rest = claim is bus.rest
                 found.append({"bus": bus.name, "rest": rest, "first": claim.first, **what})
     return found
 
 
-def _describe(claim: Claim) -> dict[str, Any] | None:
+def describe(claim: Claim) -> dict[str, Any] | None:
+    """What :func:`give` needs to make it again, but for its place; None: it is not C's alone."""
     length = claim.last - claim.first + 1
     read, write, value = claim.on_read, claim.on_write, claim.value
     if write == lib.PYKVM_IGNORE and read == lib.PYKVM_IGNORE:

@@ -6,10 +6,12 @@ from pykvm.errors import GuestError, SnapshotError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import Any
 
     from pykvm.devices.bus import Bus
+
+    Served = Iterable[Mapping[str, Any]]
 
 
 def find(buses: Iterable[Bus]) -> dict[str, Any]:
@@ -22,7 +24,7 @@ def find(buses: Iterable[Bus]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     seen: set[int] = set()
     claims = [(bus, claim) for bus in buses for claim in bus.claims()]
-    for function_name, function in _functions(claims):
+    for function_name, function in functions(claims):
         found[function_name] = function
         for bar in function.bars.values():
             seen |= {id(claim) for claim in bar.claims}
@@ -36,11 +38,11 @@ def find(buses: Iterable[Bus]) -> dict[str, Any]:
                     and callable(getattr(device, "restore", None))
                 ):
                     seen.add(id(device))
-                    found[f"{bus.name}:{claim.first:#x}"] = device
+                    found[_key(bus.name, claim.first)] = device
     return found
 
 
-def _functions(claims: Iterable[tuple[Bus, Any]]) -> Iterator[tuple[str, Any]]:
+def functions(claims: Iterable[tuple[Bus, Any]]) -> Iterator[tuple[str, Any]]:
     """Everything on a PCI bus, by the handler of whose registers the bus itself is found."""
     roots: list[Any] = []
     for _, claim in claims:
@@ -48,7 +50,7 @@ def _functions(claims: Iterable[tuple[Bus, Any]]) -> Iterator[tuple[str, Any]]:
         if hasattr(root, "functions") and root not in roots:
             roots.append(root)
             for number, function in root.functions.items():
-                yield f"pci:{number}", function
+                yield _key("pci", number), function
 
 
 def capture(devices: dict[str, Any]) -> dict[str, Any]:
@@ -56,18 +58,27 @@ def capture(devices: dict[str, Any]) -> dict[str, Any]:
     return {name: device.state() for name, device in devices.items()}
 
 
-def restore(devices: dict[str, Any], states: dict[str, Any]) -> None:
+def restore(devices: dict[str, Any], states: dict[str, Any], served: Served = ()) -> None:
     """Put each device back, then have those that may have lost a doorbell look for work.
+
+    Args:
+        devices: of the machine.
+        states: of the snapshot.
+        served: who served what in the machine that the snapshot is of.
 
     Raises:
         SnapshotError: a device of the snapshot is not there, or does not take its state. A device
             that came later is left as it is.
     """
-    missing = [name for name in states if name not in devices]
+    missing = sorted(name for name in states if name not in devices)
     if missing:
+        from pykvm.snapshot.served import shown
+
+        words = {_key(each["on"], each["first"]): shown(each) for each in served}
+        text = ", ".join(words.get(name, name) for name in missing)
         raise SnapshotError(
-            f"the snapshot has devices that this machine lacks: {', '.join(sorted(missing))}"
-            " (give fork() a setup= that attaches them)"
+            f"the snapshot has the state of devices that this machine lacks: {text}"
+            " (fork(setup) calls setup(machine), which is to attach them)"
         )
     for name, state in states.items():
         try:
@@ -83,6 +94,11 @@ def restore(devices: dict[str, Any], states: dict[str, Any]) -> None:
             raise SnapshotError(
                 f"{type(devices[name]).__name__} at {name} does not take its state: {error!r}"
             ) from error
+
+
+def _key(on: str, first: int) -> str:
+    """The name that :func:`find` has for a device."""
+    return f"{on}:{first}" if on == "pci" else f"{on}:{first:#x}"
 
 
 def resume(devices: dict[str, Any]) -> None:
