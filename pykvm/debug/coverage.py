@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from struct import Struct
 
+from pykvm.debug.span import Span
 from pykvm.errors import CapabilityError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterable
-    from types import TracebackType
-    from typing import Self
 
     from pykvm.cpu import Cpu
     from pykvm.debug.debugger import Debugger
@@ -40,7 +39,7 @@ class Block:
         return f"<Block {self.address:#x}, {self.size} bytes>"
 
 
-class Coverage:
+class Coverage(Span):
     """Blocks that were reached, from ``with`` to its end. Made by ``Machine.coverage()``.
 
     Attributes:
@@ -130,18 +129,6 @@ class Coverage:
         """Write :meth:`drcov` to a file."""
         with open(path, "wb") as file:
             file.write(self.drcov(name))
-
-    def __enter__(self) -> Self:
-        self.begin()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
 
     def __repr__(self) -> str:
         return f"<Coverage {len(self.hit)} of {len(self.blocks)} blocks>"

@@ -15,11 +15,11 @@ import threading
 from pykvm.debug.gdb_address import listen
 from pykvm.debug.gdb_packets import BROKEN, INTERRUPT, Reader, packet
 from pykvm.debug.gdb_session import Session
+from pykvm.kvm.handle import Closing
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from typing import Self
 
     from pykvm.debugging import Debugging
     from pykvm.result import RunResult
@@ -28,7 +28,7 @@ MOST_WAITING = 64
 """Packets that may wait: gdb sends one and waits for its answer."""
 
 
-class GdbServer:
+class GdbServer(Closing):
     """Waits for a gdb and serves it. Made by ``Machine.gdb_server()``.
 
     Attributes:
@@ -136,12 +136,6 @@ class GdbServer:
         if "/" in self.address:
             with contextlib.suppress(OSError):
                 os.unlink(self.address)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def run_under_gdb(

@@ -7,12 +7,12 @@ import time
 
 from pykvm._abi import ffi, lib
 from pykvm.debug.events import NAMES, Event, Filter, Recording
+from pykvm.debug.span import Span
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from types import TracebackType
-    from typing import Any, Self
+    from typing import Any
 
 LAST = 1 << 20
 """Events that are kept of each vCPU unless asked otherwise; 64 bytes each, used as they come."""
@@ -99,7 +99,7 @@ class _Events:
         return copy, [number & (self.capacity - 1) for number in range(first, head)]
 
 
-class Trace(Recording):
+class Trace(Span, Recording):
     """The exits of some vCPUs from ``with`` to its end. Made by ``Machine.trace()``.
 
     It may be looked at while it is on, and while the machine runs.
@@ -206,18 +206,6 @@ class Trace(Recording):
                 if value != before.get(name, 0)
             }
         return grown
-
-    def __enter__(self) -> Self:
-        self.begin()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.end()
 
     def __repr__(self) -> str:
         kept = sum(min(ring.c.head, ring.capacity) for ring in self._rings)
