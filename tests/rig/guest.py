@@ -20,6 +20,8 @@ from .host import KernelImage, RigError
 
 #: The time from the command's end to QEMU's own, after which it is killed, in seconds.
 POWEROFF_PATIENCE = 15.0
+#: The time that a killed QEMU may take to go.
+KILL_PATIENCE = 30.0
 _POLL = 0.05
 
 #: Folders that are fresh tmpfs inside; what is needed from below them is bound back.
@@ -170,7 +172,7 @@ def _process_group(command: list[str], log: Path) -> Iterator[subprocess.Popen[b
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(KILL_PATIENCE)
 
 
 def _prepare(

@@ -21,6 +21,10 @@ from newer_names import CONSTANTS, STRUCTS
 
 from pykvm._abi import ffi, lib
 
+LIMIT = 200
+"""Seconds for one command; a compiler on a slow machine needs many."""
+pytestmark = pytest.mark.watchdog(2 * LIMIT)
+
 #: Structures that Linux 5.14 has, without the members that came later.
 GREW = {
     "kvm_stats_desc": ("bucket_size",),
@@ -86,15 +90,15 @@ def build(folder: Path, compiler: Compiler) -> Path:
     command = [*compiler.command, *compiler.flags, "-std=gnu11", "-shared", "-fPIC", "-w"]
     command += [f"-I{folder}", f"-I{HERE}", *python, "-o", str(module), f"{folder}/_native.c"]
     command += [str(path) for path in sorted(Path(HERE).glob("*.c"))]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=LIMIT)
     return module
 
 
 def describe(module: Path) -> dict[str, Any]:
     """Load a compiled module in a process of its own, and list what it offers."""
     command = [sys.executable, "-c", DESCRIBE, str(module)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    result: dict[str, Any] = json.loads(output)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=LIMIT)
+    result: dict[str, Any] = json.loads(done.stdout)
     return result
 
 

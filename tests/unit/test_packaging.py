@@ -26,6 +26,10 @@ PARTS = ("csrc", "guests", "pykvm", "tests/unit", "benches", "docs", ".ci")
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md", "CHANGELOG.md")
 LITTER = shutil.ignore_patterns("__pycache__", "*.so", "*.pyc", "*.o")
 
+LIMIT = 200
+"""Seconds for one command; a compiler on a slow machine needs many."""
+pytestmark = pytest.mark.watchdog(2 * LIMIT)
+
 pytest.importorskip("setuptools", minversion="77", reason="setuptools >= 77 is not installed")
 
 
@@ -54,6 +58,7 @@ def python(
         capture_output=True,
         text=True,
         check=False,
+        timeout=LIMIT,
     )
 
 
@@ -87,7 +92,7 @@ def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unpacked")
     # Not tarfile: what its filter is called depends on the patch release of Python.
-    subprocess.run(["tar", "-xf", str(sdist), "-C", str(folder)], check=True)
+    subprocess.run(["tar", "-xf", str(sdist), "-C", str(folder)], check=True, timeout=LIMIT)
     return next(folder.iterdir())
 
 
@@ -172,7 +177,9 @@ def test_editable_install_uses_the_checkout_by_a_plain_path(tmp_path: Path) -> N
     [pth] = site.glob("__editable__*.pth")
     assert pth.read_text().strip() == str(source)
     code = "import pykvm._abi; print(pykvm._abi.__file__)"
-    output = subprocess.run([inner, "-c", code], cwd="/", capture_output=True, text=True)
+    output = subprocess.run(
+        [inner, "-c", code], cwd="/", capture_output=True, text=True, timeout=LIMIT
+    )
     assert output.stdout.strip() == str(source / "pykvm" / "_abi" / "__init__.py"), output.stderr
     assert not (source / "pykvm" / "guests").exists()
     left = files_below(source, source) - before
@@ -206,7 +213,8 @@ def test_sanitized_build_is_sanitized(tmp_path: Path) -> None:
     result = python(*("setup.py", "build_ext", "--inplace"), cwd=source, PYKVM_SANITIZE="1")
     assert result.returncode == 0, result.stdout + result.stderr
     [module] = (source / "pykvm" / "_abi").glob("_native*.so")
-    needed = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
+    ldd = subprocess.run(["ldd", module], capture_output=True, text=True, check=True, timeout=LIMIT)
+    needed = ldd.stdout
     assert "libasan" in needed
     assert "libubsan" in needed
 

@@ -17,6 +17,7 @@ from pykvm.devices.virtio.blk import Blk
 from pykvm.devices.virtio.blk_request import S_OK
 from tests.powercut.simulate import MODES, Tally, simulate, workload
 from tests.support.chains import BlkDriver
+from tests.support.waiting import PATIENCE, read
 
 # ---- power -------------------------------------------------------------------------------------
 
@@ -78,6 +79,7 @@ def test_the_program_says_what_it_did_and_fails_where_something_is_lost() -> Non
             capture_output=True,
             text=True,
             cwd=Path(__file__).resolve().parents[2],
+            timeout=PATIENCE,
         )
 
     start = (
@@ -133,14 +135,18 @@ def test_a_kill_loses_nothing_that_was_answered(tmp_path: Path, seed: int) -> No
     child = subprocess.Popen(
         [sys.executable, "-c", CHILD, str(image), str(seed)],
         stdout=subprocess.PIPE,
+        bufsize=0,
         cwd=Path(__file__).resolve().parents[2],
     )
     assert child.stdout is not None
     with child:
-        assert child.stdout.readline() == b"up\n"
-        answers = child.stdout.read(4 * random.Random(seed).randint(1, 200))
-        child.send_signal(signal.SIGKILL)
-        answers += child.stdout.read()
+        try:
+            assert read(child.stdout, 3) == b"up\n"
+            answers = read(child.stdout, 4 * random.Random(seed).randint(1, 200))
+        finally:
+            child.kill()
+        answers += read(child.stdout, 1 << 20)
+        child.wait(PATIENCE)
     assert child.returncode == -signal.SIGKILL
     answered = len(answers) // 4
     assert answers == struct.pack(f"<{answered}I", *range(answered))

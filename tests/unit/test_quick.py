@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from pykvm.cli import quick
 from pykvm.cli.boot import boot
+from tests.support.waiting import PATIENCE
 
 HERE = str(Path(__file__))
 TEXT = st.text("ab0=- ,.x", max_size=6)
@@ -109,7 +110,8 @@ def run(*words: str) -> tuple[int, str, set[str]]:
         "atexit.register(lambda: print(*sorted(sys.modules)))\n"
         "from pykvm.cli.quick import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    command = [sys.executable, "-c", code, *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     return done.returncode, done.stderr, set(done.stdout.split())
 
 

@@ -52,7 +52,7 @@ def test_an_archive_holds_what_was_put_in(entries: list[tuple[str, int, bytes]])
 def test_cpio_itself_reads_the_archive(tmp_path: Path) -> None:
     entries = [("folder", 0o040755, b""), ("folder/a", 0o100644, b"odd"), ("b", 0o100755, b"")]
     archive = b"".join(initramfs.cpio(entries))
-    subprocess.run(["cpio", "-i", "--quiet"], input=archive, cwd=tmp_path, check=True)
+    subprocess.run(["cpio", "-i", "--quiet"], input=archive, cwd=tmp_path, check=True, timeout=20)
     assert (tmp_path / "folder" / "a").read_bytes() == b"odd"
     assert os.access(tmp_path / "b", os.X_OK)
 
@@ -152,7 +152,9 @@ def test_a_failing_program_is_quoted() -> None:
 @given(st.lists(st.text(st.characters(min_codepoint=1, max_codepoint=0x2FF)), min_size=1))
 def test_the_command_gets_its_arguments_as_they_were(words: list[str]) -> None:
     script = guest._command_script(["printf", r"%s\0", *words], Path("/"), {"HOME": "/"})
-    done = subprocess.run(["sh"], input=script.encode(), capture_output=True, check=True)
+    done = subprocess.run(
+        ["sh"], input=script.encode(), capture_output=True, check=True, timeout=20
+    )
     assert done.stdout.decode().split("\0")[:-1] == words
 
 
@@ -161,7 +163,7 @@ def test_the_command_starts_in_its_folder_with_its_environment(tmp_path: Path) -
     folder.mkdir()
     environment = {"HOME": str(tmp_path / "home"), "WORD": "two 'words'"}
     script = guest._command_script(["sh", "-c", 'pwd; echo "$WORD"; exit 7'], folder, environment)
-    done = subprocess.run(["sh"], input=script, capture_output=True, text=True)
+    done = subprocess.run(["sh"], input=script, capture_output=True, text=True, timeout=20)
     assert (done.returncode, done.stdout) == (7, f"{folder}\ntwo 'words'\n")
 
 

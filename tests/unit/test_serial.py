@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from pykvm.devices.ring import RingFullError
 from pykvm.devices.serial import Serial
 from pykvm.vcpu_thread import NEVER
 from tests.support.fake_vcpu import HLT, FakeRun, pio
+from tests.support.waiting import join, until
 
 pytestmark = pytest.mark.sanitize
 
@@ -551,20 +553,29 @@ def test_input_from_another_thread_arrives_whole_and_in_order() -> None:
     serial = Serial(input_capacity=64)
     text = bytes(n * 7 & 0xFF for n in range(4000))
 
+    over = threading.Event()
+
     def feed() -> None:
         at = 0
-        while at < len(text):
+        while at < len(text) and not over.is_set():
             piece = text[at : at + serial.room]
             serial.write(piece)
             at += len(piece)
 
-    thread = threading.Thread(target=feed)
+    thread = threading.Thread(target=feed, daemon=True)
     thread.start()
     got = bytearray()
-    while len(got) < len(text):
+
+    def receive() -> bool:
         if inb(serial, LSR) & 1:
             got.append(inb(serial, DATA))
-    thread.join()
+        return len(got) == len(text)
+
+    try:
+        until(f"the {len(text)} bytes that were sent", receive)
+    finally:
+        over.set()
+    join(thread)
     assert got == text
 
 
@@ -578,12 +589,19 @@ def test_output_is_drained_and_read_by_two_threads_without_a_byte_lost_or_twice(
             got.extend(serial.read())
         got.extend(serial.read())
 
-    thread = threading.Thread(target=collect)
+    def take(byte: int) -> bool:
+        taken = access(serial, DATA, bytes([byte])) is not None
+        if not taken:
+            serial.drain()
+        return taken
+
+    thread = threading.Thread(target=collect, daemon=True)
     thread.start()
     text = bytes(n & 0xFF for n in range(4000))
-    for byte in text:
-        while access(serial, DATA, bytes([byte])) is None:
-            serial.drain()
-    done.set()
-    thread.join()
+    try:
+        for byte in text:
+            until(f"room for byte {byte:#x}", partial(take, byte))
+    finally:
+        done.set()
+    join(thread)
     assert got == text

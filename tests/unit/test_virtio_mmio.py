@@ -24,6 +24,7 @@ from pykvm.devices.virtio.queue import Chain, Queue
 from pykvm.errors import GuestError
 from tests.support.virtio_guest import EVENT_IDX, INDIRECT, VERSION_1, VirtioGuest, latch_bits
 from tests.support.vring_driver import WRITE, Driver
+from tests.support.waiting import join
 
 pytestmark = pytest.mark.sanitize
 
@@ -338,7 +339,7 @@ def test_completions_from_other_threads_interrupt_once_a_batch(guest: VirtioGues
     done = [(chain, 3, number == 1) for number, chain in enumerate(device.kept)]
     thread = threading.Thread(target=device.complete_many, args=(device.queues[1], done))
     thread.start()
-    thread.join()
+    join(thread)
     assert [head for head, _ in driver.used()] == [0, 2, 4, 6]
     assert guest.interrupts() == 1
     assert (device.counters.requests, device.counters.errors) == (4, 1)

@@ -15,6 +15,7 @@ from pykvm.errors import GuestError
 from pykvm.memory import GuestMemory
 from tests.support.vring_compare import Pair
 from tests.support.vring_driver import INDIRECT, NEXT, WRITE, Driver
+from tests.support.waiting import join
 
 pytestmark = pytest.mark.sanitize
 
@@ -474,7 +475,7 @@ def test_pushes_from_several_threads_are_all_there() -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            join(thread)
         done += sorted(head for head, _ in driver.used())
     assert done == list(range(16)) * 50
 
