@@ -12,6 +12,7 @@ import pykvm
 from pykvm import guestlib
 from pykvm import result as reasons
 from pykvm.devices.access import MmioAccess, PioAccess
+from pykvm.guest_devices import ExitCounter
 from pykvm.guestlib import run_guest
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
@@ -92,7 +93,7 @@ def test_exits_are_counted_by_the_host_as_the_guest_reports() -> None:
         m.debug_exit()
         guest.counter = False
         guest.prepare(m)
-        counter = guestlib.ExitCounter(m)
+        counter = ExitCounter(m)
         assert m.run(timeout=10).code == 0
     assert (counter.pio, counter.mmio, counter.hlt) == (5, 4, 3)
 

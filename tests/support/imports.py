@@ -41,7 +41,7 @@ ABI_USERS = {
     "devices.disk.host": "fallocate and a block device's ioctls",
     "devices.serial": "the registers of a UART, which C serves",
     "devices.virtio.blk_fast": "plain block requests, which C serves",
-    "devices.virtio.direct": "interrupts that C raises",
+    "devices.virtio.interrupt": "interrupts that C raises",
     "devices.virtio.queue": "rings in guest memory, which C walks",
     "devices.access": "what C makes of an access for its handler",
     "debug.trace": "the ring of exits that C fills",

@@ -14,7 +14,7 @@ from pykvm.devices.io_thread import IoThread
 from pykvm.devices.virtio import pci as virtio
 from pykvm.devices.virtio.console import VirtioConsole
 from pykvm.devices.virtio.device import NEEDS_RESET, VirtioDevice
-from pykvm.devices.virtio.pci import NO_VECTOR
+from pykvm.devices.virtio.pci_common import NO_VECTOR
 from pykvm.devices.virtio.rng import Rng
 from tests.support.pci_guest import MESSAGE, VERSION_1, VirtioPciGuest
 from tests.support.vring_driver import WRITE

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pykvm.devices.disk.base import Disk
     from pykvm.devices.io_thread import IoThread
     from pykvm.devices.virtio.counters import Counters
-    from pykvm.devices.virtio.device import Interrupt
+    from pykvm.devices.virtio.interrupt import Interrupt
     from pykvm.devices.virtio.queue import Chain, Queue
     from pykvm.memory import GuestMemory
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pykvm.devices.disk.base import Disk
     from pykvm.devices.virtio.blk import Blk
     from pykvm.devices.virtio.counters import Counters
-    from pykvm.devices.virtio.direct import DirectInterrupt
+    from pykvm.devices.virtio.interrupt import DirectInterrupt
 
 assert BUCKETS == lib.PYKVM_BLK_BUCKETS
 

@@ -13,34 +13,20 @@ from __future__ import annotations
 from _thread import RLock, allocate_lock
 
 from pykvm.devices.virtio.counters import Counters
-from pykvm.devices.virtio.queue import PARTS, Chain, Queue
+from pykvm.devices.virtio.interrupt import NoInterrupt
+from pykvm.devices.virtio.queue import Queue
 from pykvm.errors import GuestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
-    from typing import Any, Protocol
+    from typing import Any
 
     from pykvm.devices.io_thread import IoThread
     from pykvm.devices.virtio.blk_fast import FastPath
-    from pykvm.devices.virtio.direct import DirectInterrupt
+    from pykvm.devices.virtio.interrupt import Interrupt
+    from pykvm.devices.virtio.queue import Chain
     from pykvm.memory import GuestMemory
-
-    class Interrupt(Protocol):
-        """How a transport interrupts the driver; all from any thread."""
-
-        def queue(self, index: int) -> None:
-            """A queue has used buffers."""
-
-        def config(self) -> None:
-            """The configuration or the status changed."""
-
-        def reset(self) -> None:
-            """The device was reset: nothing is pending any more."""
-
-        def direct(self, index: int) -> DirectInterrupt | None:
-            """How C raises that of a queue by itself, or None: it cannot."""
-
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK = 1, 2, 4, 8
 NEEDS_RESET, FAILED = 64, 128
@@ -51,23 +37,6 @@ RING_INDIRECT_DESC, RING_EVENT_IDX, VERSION_1 = 28, 29, 32
 
 _BEFORE = {FEATURES_OK: ACKNOWLEDGE | DRIVER, DRIVER_OK: FEATURES_OK}
 """What must be set before (3.1.1)."""
-
-
-class NoInterrupt:
-    """Stands in where nobody is to be interrupted."""
-
-    def queue(self, index: int) -> None:
-        """Nothing."""
-
-    def config(self) -> None:
-        """Nothing."""
-
-    def reset(self) -> None:
-        """Nothing."""
-
-    def direct(self, index: int) -> DirectInterrupt | None:
-        """None."""
-        return None
 
 
 class VirtioDevice:
@@ -472,6 +441,3 @@ class VirtioDevice:
     def __repr__(self) -> str:
         state = f"needs a reset: {self.broken}" if self.broken else f"status {self.status:#x}"
         return f"<{type(self).__name__} {self.NAME}, {state}, {self.counters.requests} requests>"
-
-
-__all__ = ["PARTS", "Chain", "NoInterrupt", "Queue", "VirtioDevice"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 
-from pykvm.devices.virtio.direct import NONE, DirectInterrupt
+from pykvm.devices.virtio.interrupt import NONE, DirectInterrupt
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from pykvm.devices.pci import HAS_INTERRUPT, Bar, PciFunction, claim_all
 from pykvm.devices.pci import STATUS as PCI_STATUS
 from pykvm.devices.pci_msix import CAPABILITY as MSIX
 from pykvm.devices.pci_msix import Msix
-from pykvm.devices.virtio.direct import PYTHON, DirectInterrupt
+from pykvm.devices.virtio.interrupt import PYTHON, DirectInterrupt
+from pykvm.devices.virtio.pci_common import COMMON_LENGTH, NO_VECTOR, CommonConfig
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ MEMORY, PORTS = 0, 1
 COMMON, ISR, DEVICE_CONFIG, NOTIFY, TABLE, PENDING = 0, 0x800, 0x1000, 0x2000, 0x3000, 0x3800
 LENGTH = 0x4000
 """Where in BAR 0 what is, and its size."""
-COMMON_LENGTH = 56
 DOORBELL = 4
 """Bytes from one queue's doorbell to the next one's."""
 MAX_QUEUES = 64
@@ -52,30 +52,6 @@ COMMON_CFG, NOTIFY_CFG, ISR_CFG, DEVICE_CFG, PCI_CFG = 1, 2, 3, 4, 5
 """Capabilities (4.1.4)."""
 QUEUE_INTERRUPT, CONFIG_INTERRUPT = 1, 2
 """Bits of the ISR status (4.1.4.5)."""
-NO_VECTOR = 0xFFFF
-
-_FIELDS = {
-    0: (4, "device_select"),
-    4: (4, "device_feature"),
-    8: (4, "driver_select"),
-    12: (4, "driver_feature"),
-    16: (2, "config_vector"),
-    18: (2, "num_queues"),
-    20: (1, "status"),
-    21: (1, "generation"),
-    22: (2, "queue_select"),
-    24: (2, "queue_size"),
-    26: (2, "queue_vector"),
-    28: (2, "queue_enable"),
-    30: (2, "queue_notify_off"),
-    32: (4, "desc_low"),
-    36: (4, "desc_high"),
-    40: (4, "driver_low"),
-    44: (4, "driver_high"),
-    48: (4, "device_low"),
-    52: (4, "device_high"),
-}
-"""The common configuration by offset: width and name (4.1.4.3). Other widths are no accesses."""
 
 
 class PciInterrupt:
@@ -152,7 +128,7 @@ class VirtioPci(PciFunction):
         self.config_vector = NO_VECTOR
         self.queue_vectors = [NO_VECTOR] * queues
         self.direct = [DirectInterrupt() for _ in range(queues)]
-        self._selects = {"device_select": 0, "driver_select": 0, "queue_select": 0}
+        self._common = CommonConfig(self)
         self._bus = root
         self._io = None if synchronous else io
         self._doorbells: list[int] = []
@@ -291,7 +267,7 @@ class VirtioPci(PciFunction):
         if number == PORTS or NOTIFY <= offset < TABLE:
             return 0
         if offset < COMMON_LENGTH:
-            return self._common_read(offset, size)
+            return self._common.read(offset, size)
         if offset == ISR:
             return self._take_isr()
         if DEVICE_CONFIG <= offset < NOTIFY:
@@ -307,7 +283,7 @@ class VirtioPci(PciFunction):
         if number == PORTS or NOTIFY <= offset < TABLE:
             self._ring((offset if number == PORTS else offset - NOTIFY) // DOORBELL)
         elif offset < COMMON_LENGTH:
-            self._common_write(offset, size, value)
+            self._common.write(offset, size, value)
         elif DEVICE_CONFIG <= offset < NOTIFY:
             self.device.write_config(offset - DEVICE_CONFIG, size, value)
         elif TABLE <= offset < PENDING and self.msix is not None:
@@ -320,70 +296,17 @@ class VirtioPci(PciFunction):
         elif index < len(self._doorbells):
             os.eventfd_write(self._doorbells[index], 1)
 
-    # ---- common configuration (4.1.4.3) --------------------------------------------------------
+    # ---- interrupts ----------------------------------------------------------------------------
 
-    def _common_read(self, offset: int, size: int) -> int:
-        width, name = _FIELDS.get(offset, (0, ""))
-        if width != size:
-            return 0
-        if name in self._selects:
-            return self._selects[name]
-        device, selected = self.device, self._selects["queue_select"]
-        if name == "device_feature":
-            return device.read_features(self._selects["device_select"])
-        if name == "driver_feature":
-            select = self._selects["driver_select"]
-            return device.driver_features >> 32 * select & 0xFFFFFFFF if select < 4 else 0
-        if name == "config_vector":
-            return self.config_vector
-        if name == "num_queues":
-            return len(self.queue_vectors)
-        if name == "status":
-            return device.status
-        if name == "generation":
-            return device.config_generation & 0xFF
-        if selected >= len(device.queues):
-            return NO_VECTOR if name == "queue_vector" else 0
-        if name == "queue_vector":
-            return self.queue_vectors[selected]
-        if name == "queue_enable":
-            return int(device.queue_ready(selected))
-        if name == "queue_notify_off":
-            return selected
-        queue = device.queues[selected]
-        if name == "queue_size":
-            return queue.size
-        part, _, half = name.partition("_")
-        return queue.address(part) >> (32 if half == "high" else 0) & 0xFFFFFFFF
-
-    def _common_write(self, offset: int, size: int, value: int) -> None:
-        width, name = _FIELDS.get(offset, (0, ""))
-        if width != size:
-            return
-        device, selected = self.device, self._selects["queue_select"]
-        if name in self._selects:
-            self._selects[name] = value
-        elif name == "driver_feature":
-            device.write_features(self._selects["driver_select"], value)
-        elif name == "status":
-            device.write_status(value)
-        elif name == "config_vector":
-            self.config_vector = self._valid(value)
-        elif name == "queue_vector":
-            if selected < len(self.queue_vectors):
-                self.queue_vectors[selected] = self._valid(value)
-                self._aim()
-        elif name == "queue_enable":
-            if value == 1:  # nothing else may be written
-                device.queue_set(selected, "ready", 1)
-        elif name == "queue_size" or "_low" in name or "_high" in name:
-            device.queue_set(selected, "size" if name == "queue_size" else name, value)
-
-    def _valid(self, vector: int) -> int:
+    def valid(self, vector: int) -> int:
         """A vector that there is, or NO_VECTOR, by which a driver sees that there is not."""
         return vector if self.msix is not None and vector < self.msix.count else NO_VECTOR
 
-    # ---- interrupts ----------------------------------------------------------------------------
+    def set_queue_vector(self, index: int, vector: int) -> None:
+        """The driver gives a queue a vector; one that there is not is ignored."""
+        if index < len(self.queue_vectors):
+            self.queue_vectors[index] = self.valid(vector)
+            self._aim()
 
     def set_isr(self, bit: int) -> None:
         """Tell a driver that polls; from any thread."""
@@ -421,7 +344,7 @@ class VirtioPci(PciFunction):
     def state(self) -> dict[str, Any]:
         """What the driver has made of function and device, as plain data."""
         return super().state() | {
-            "selects": dict(self._selects),
+            "selects": dict(self._common.selects),
             "vectors": [self.config_vector, *self.queue_vectors],
             "isr": self.isr,
             "msix": self.msix.state() if self.msix is not None else None,
@@ -431,7 +354,7 @@ class VirtioPci(PciFunction):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` returned."""
         super().restore(state)
-        self._selects.update(state["selects"])
+        self._common.selects.update(state["selects"])
         self.config_vector, *self.queue_vectors[:] = state["vectors"]
         self.isr = state["isr"]
         if self.msix is not None:
