@@ -96,14 +96,7 @@ class Console:
         self._serial.send_break()
 
     def expect(self, pattern: bytes | re.Pattern[bytes], timeout: float | None = None) -> bytes:
-        """Wait until the guest prints ``pattern``, looking from where the last match ended.
-
-        Args:
-            pattern: plain bytes, or a compiled ``re`` pattern over bytes.
-            timeout: seconds; None to wait as long as the guest runs.
-
-        Returns:
-            Everything from the last match up to and including this one.
+        """Wait until the guest prints ``pattern``: see :meth:`Transcript.expect`.
 
         Raises:
             ExpectError: the time is over, or the run ended first; with what was there instead.

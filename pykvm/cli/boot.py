@@ -10,24 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from . import booting
-from .common import (
-    Count,
-    Seconds,
-    Size,
-    debug_option,
-    device_option,
-    disk_option,
-    gdb_anywhere_option,
-    gdb_option,
-    json_option,
-    test_devices_option,
-    trace_filter_option,
-    trace_option,
-)
-from .run import RunCommand
+from .common import Count, Seconds, Size
+from .machine_options import RunCommand, disk_option, ioctls_told, test_devices_option, watching
 
 if TYPE_CHECKING:
-    from pykvm.devices.disk.spec import DiskSpec
+    from typing import Any
 
 
 @click.command(cls=RunCommand)
@@ -70,74 +57,17 @@ if TYPE_CHECKING:
 @click.option("--force", is_flag=True, help="Go on where this KVM cannot run a stock kernel.")
 @click.option("--ioctls", metavar="[=FILE]", help="Print every ioctl, as strace would.")
 @click.option("-v", "--verbose", is_flag=True, help="Tell the phases and what they took.")
-@gdb_option
-@gdb_anywhere_option
-@trace_option
-@trace_filter_option
-@device_option
-@json_option
-@debug_option
-def boot(
-    kernel: str,
-    initrd: str | None,
-    append: str,
-    disks: tuple[DiskSpec, ...],
-    memory: int,
-    cpus: int,
-    cpu_features: str,
-    protocol: str,
-    irqchip: str,
-    test_devices: bool,
-    kaslr: bool,
-    no_cache: bool,
-    system_map: str | None,
-    timeout: float | None,
-    force: bool,
-    ioctls: str | None,
-    verbose: bool,
-    gdb: str | None,
-    gdb_anywhere: bool,
-    trace: str | None,
-    trace_filters: tuple[str, ...],
-    device: str,
-    as_json: bool,
-) -> None:
+@watching
+def boot(ioctls: str | None, **options: Any) -> None:
     """Boot a kernel: bzImage, ELF vmlinux, PVH or multiboot image.
 
     The serial console is on standard output and input, raw if that is a terminal; there Ctrl-A x
     quits, Ctrl-A b sends a BREAK. The end of the run is told on standard error and by the exit
     code. A stock kernel on a KVM that cannot run one is given up after a second.
     """
-    from contextlib import nullcontext
-
-    from .run import _trace
-
-    with nullcontext() if ioctls is None else _trace(ioctls):
+    with ioctls_told(ioctls):
         try:
-            code = booting.boot(
-                kernel,
-                initrd=initrd,
-                append=append,
-                memory=memory,
-                cpus=cpus,
-                cpu_features=cpu_features,
-                protocol=protocol,
-                irqchip=irqchip,
-                test_devices=test_devices,
-                kaslr=kaslr,
-                no_cache=no_cache,
-                system_map=system_map,
-                timeout=timeout,
-                force=force,
-                verbose=verbose,
-                device=device,
-                as_json=as_json,
-                disks=disks,
-                gdb=gdb,
-                gdb_anywhere=gdb_anywhere,
-                trace=trace,
-                trace_filters=trace_filters,
-            )
+            code = booting.boot(**options)
         except booting.UsageProblem as error:
             raise click.UsageError(str(error)) from error
     raise click.exceptions.Exit(code)

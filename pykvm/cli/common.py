@@ -15,13 +15,10 @@ from .failures import message, settle_output
 if TYPE_CHECKING:
     from typing import Any
 
-    from pykvm.devices.disk.spec import DiskSpec
-
-    DiskParam = click.ParamType[DiskSpec]
     IntParam = click.ParamType[int]
     FloatParam = click.ParamType[float]
 else:
-    DiskParam = IntParam = FloatParam = click.ParamType
+    IntParam = FloatParam = click.ParamType
 
 _DEBUG = "pykvm.debug"
 
@@ -81,40 +78,6 @@ device_option = click.option(
     help="The KVM device.",
 )
 
-test_devices_option = click.option(
-    "--test-devices",
-    is_flag=True,
-    help="QEMU's isa-debug-exit, pc-testdev and fw_cfg; a debug-exit with N exits with 2N+1.",
-)
-
-trace_option = click.option(
-    "--trace",
-    metavar="FILE",
-    help="Write every exit into FILE: JSON lines, or, if its name ends in .json, Chrome's trace "
-    'format. "pykvm trace summary FILE" tells what is in it.',
-)
-
-trace_filter_option = click.option(
-    "--trace-filter",
-    "trace_filters",
-    multiple=True,
-    metavar="EXIT[:FIRST[-LAST]][:r|:w]",
-    help="Trace only such exits: io:0x3f8-0x3ff, mmio, hlt. For several kinds, several times.",
-)
-
-gdb_option = click.option(
-    "--gdb",
-    metavar="[=ADDRESS]",
-    help="Wait for gdb at PORT, HOST:PORT or the PATH of a Unix socket, and let it run the guest. "
-    "[default: 127.0.0.1:1234]",
-)
-
-gdb_anywhere_option = click.option(
-    "--gdb-anywhere",
-    is_flag=True,
-    help="Let --gdb listen where other machines can connect. Who connects owns the guest.",
-)
-
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on standard output.")
 
 
@@ -148,35 +111,6 @@ class Count(IntParam):
         if number < self.least:
             self.fail(f"{value!r} is not a whole number of at least {self.least}", param, ctx)
         return number
-
-
-class Disk(DiskParam):
-    """A disk: ``PATH[,ro][,overlay][,cache=…][,format=…][,serial=…]``. The value is a DiskSpec."""
-
-    name = "disk"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> DiskSpec:
-        """Parse it; the image is opened later."""
-        from pykvm.devices.disk.spec import DiskSpec
-
-        if isinstance(value, DiskSpec):
-            return value
-        try:
-            return DiskSpec.parse(value)
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-disk_option = click.option(
-    "--disk",
-    "disks",
-    type=Disk(),
-    multiple=True,
-    metavar="PATH[,ro][,overlay][,…]",
-    help="A disk: a file or block device, which the guest may write; with ro it may not, with "
-    "overlay it may and what it writes is thrown away. More: cache=writethrough|none, "
-    "format=qcow2|…, serial=TEXT. For several disks, several times.",
-)
 
 
 class Seconds(FloatParam):

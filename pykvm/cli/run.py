@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -12,21 +11,8 @@ from pykvm import result as reasons
 from pykvm.errors import AsmError, BootError, CapabilityError, PykvmError, VcpuExitError
 
 from . import exitcodes
-from .common import (
-    Count,
-    Seconds,
-    Size,
-    debug_option,
-    device_option,
-    disk_option,
-    gdb_anywhere_option,
-    gdb_option,
-    json_option,
-    test_devices_option,
-    trace_filter_option,
-    trace_option,
-    write_json,
-)
+from .common import Count, Seconds, Size, write_json
+from .machine_options import RunCommand, disk_option, ioctls_told, test_devices_option, watching
 from .output import ConsoleOutput, standard_output
 
 if TYPE_CHECKING:
@@ -37,31 +23,6 @@ if TYPE_CHECKING:
     from pykvm.guestlib import Guest
     from pykvm.machine import Machine
     from pykvm.result import RunResult
-
-_STDERR = ""
-"""The value of --ioctls without a file."""
-
-
-class RunCommand(click.Command):
-    """A command whose ``--ioctls`` and ``--gdb`` take values only with ``=``, as GNU tools do.
-
-    Click itself would take the next word for the value: ``run --ioctls hello`` would lose the name
-    of the guest.
-    """
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Make the missing value explicit, up to a ``--``."""
-        end = args.index("--") if "--" in args else len(args)
-        args = [
-            f"{arg}={_STDERR}" if arg in ("--ioctls", "--gdb") and at < end else arg
-            for at, arg in enumerate(args)
-        ]
-        return super().parse_args(ctx, args)
-
-    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Print the table of exit codes."""
-        with formatter.section("Exit codes"):
-            formatter.write_dl(exitcodes.TABLE, col_max=12)
 
 
 def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[Any]:
@@ -127,13 +88,7 @@ def _complete(ctx: click.Context, param: click.Parameter, incomplete: str) -> li
     metavar="[=FILE]",
     help="Print every ioctl, as strace would, on standard error or into FILE.",
 )
-@gdb_option
-@gdb_anywhere_option
-@trace_option
-@trace_filter_option
-@device_option
-@json_option
-@debug_option
+@watching
 def run(
     guest: str,
     mode: str | None,
@@ -193,7 +148,7 @@ def run(
         found.ring = found.iopl = int(ring)
     if iopl is not None:
         found.iopl = int(iopl)
-    with nullcontext() if ioctls is None else _trace(ioctls):
+    with ioctls_told(ioctls):
         result, output = _run(
             found,
             max_exits,
@@ -220,15 +175,6 @@ def _is_elf(guest: Guest) -> bool:
 
     with open(guest.image, "rb") as file:
         return elf.is_elf(file.read(4))
-
-
-@contextmanager
-def _trace(file: str) -> Iterator[None]:
-    """Trace every ioctl into a file, or on standard error."""
-    from pykvm import kvm
-
-    with nullcontext(sys.stderr) if file == _STDERR else open(file, "w") as sink, kvm.trace(sink):
-        yield
 
 
 def _run(
