@@ -26,6 +26,7 @@ _TSC_IS_GOOD = "/sys/devices/system/clocksource/clocksource0/current_clocksource
 """Where the kernel says "tsc" it has found the TSC to be steady, and the same on all processors."""
 _BASELINE = 10_000_000
 """ns over which the TSC's rate is measured, at least."""
+_READINGS = 5
 
 
 class _Clock:
@@ -43,7 +44,14 @@ class _Clock:
         self._rate = 0.0 if ticks else 1e-9
 
     def _both(self) -> tuple[int, int]:
-        return self.now(), time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+        """Both times of one moment: the closest of some readings, as a core may be lost between."""
+        readings = []
+        for _ in range(_READINGS):
+            before = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            ticks = self.now()
+            after = time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+            readings.append((after - before, ticks, before))
+        return min(readings)[1:]
 
     def now(self) -> int:
         """The time as events have it."""

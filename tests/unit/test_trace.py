@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import time
 import xml.etree.ElementTree as ElementTree
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +21,7 @@ from pykvm._abi import lib
 from pykvm.cli.main import cli
 from pykvm.debug import export
 from pykvm.debug.events import NAMES, Event, Filter, Recording
-from pykvm.debug.trace import Trace
+from pykvm.debug.trace import Trace, _Clock
 from pykvm.vcpu_thread import NEVER
 from tests.support.fake_vcpu import HLT, FakeRun, error, mmio, other, pio
 
@@ -54,6 +56,25 @@ def test_times_follow_each_other_and_every_exit_of_a_run_that_ended_is_done() ->
     for one, next in pairwise(events):
         assert one.spent is not None
         assert one.time + one.spent + next.inside == pytest.approx(next.time, abs=1e-9)
+
+
+@pytest.mark.parametrize("stalled", range(4))
+def test_a_core_lost_while_the_clocks_are_read_does_not_change_the_rate(
+    stalled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moments = itertools.accumulate(
+        (6_000_000 if at == stalled else 1000 for at in itertools.count()), initial=0
+    )
+
+    class ThreeTicksANanosecond(_Clock):
+        def now(self) -> int:
+            return 3 * next(moments)
+
+    fake = SimpleNamespace(clock_gettime_ns=lambda clock: next(moments), CLOCK_MONOTONIC=1)
+    monkeypatch.setattr("pykvm.debug.trace.time", fake)
+    clock = ThreeTicksANanosecond()
+    clock._rate = 0.0  # as where the TSC is good
+    assert clock.rate == pytest.approx(1e-9 / 3, rel=1e-3)
 
 
 def test_a_handler_of_python_is_part_of_the_time_spent() -> None:
