@@ -23,6 +23,7 @@
 #include "seam/virtio.h"
 #include "seam/vcpu.h"
 #include "seam/reset.h"
+#include "seam/replay.h"
 
 /* Inside C only. */
 
@@ -41,6 +42,11 @@ int64_t pykvm_now(void);
 void pykvm_events_enter(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
 void pykvm_events_exit(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
 void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
+/* Around every KVM_RUN of a vCPU that has a `log`.  Before it: PYKVM_SERVED, or what to return. */
+int64_t pykvm_log_enter(struct pykvm_vcpu *vcpu, struct pykvm_log *log);
+void pykvm_log_exit(struct pykvm_vcpu *vcpu, struct pykvm_log *log);
+/* Answer an exit from the log: PYKVM_SERVED, or PYKVM_DIVERGED. */
+int64_t pykvm_log_replay(struct pykvm_vcpu *vcpu, struct pykvm_log *log);
 /* Whether the exit, an I/O, may be of a planted stop. */
 int pykvm_may_be_planted(const struct kvm_run *run, const struct pykvm_planted *planted);
 

@@ -101,16 +101,27 @@ static int64_t hand(struct pykvm_vcpu *vcpu, int64_t outcome)
     return outcome;
 }
 
+/* Replaying, an exit is the log's to answer, but for a debugger's stops, which are in no log. */
+static int64_t replayed(struct pykvm_vcpu *vcpu, int64_t result)
+{
+    if (result == PYKVM_DIVERGED && vcpu->run->exit_reason == KVM_EXIT_DEBUG)
+        return hand(vcpu, PYKVM_EXIT);
+    return result == PYKVM_SERVED ? result : hand(vcpu, result);
+}
+
 /* Serve the exit that KVM_RUN just made: PYKVM_SERVED, or what to return. */
 static int64_t serve(struct pykvm_vcpu *vcpu)
 {
-    const struct pykvm_planted *planted;
-    switch (vcpu->run->exit_reason) {
-    case KVM_EXIT_IO:
-        planted = __atomic_load_n(&vcpu->planted, __ATOMIC_ACQUIRE);
+    if (vcpu->run->exit_reason == KVM_EXIT_IO) {
+        const struct pykvm_planted *planted = __atomic_load_n(&vcpu->planted, __ATOMIC_ACQUIRE);
         if (planted && !vcpu->guests_own && pykvm_may_be_planted(vcpu->run, planted))
             return hand(vcpu, PYKVM_STRUCK);
         vcpu->guests_own = 0;
+    }
+    if (vcpu->log && vcpu->log->mode == PYKVM_LOG_REPLAY)
+        return replayed(vcpu, pykvm_log_replay(vcpu, vcpu->log));
+    switch (vcpu->run->exit_reason) {
+    case KVM_EXIT_IO:
         take_pio(vcpu);
         return pykvm_bus_serve(vcpu);
     case KVM_EXIT_MMIO:
@@ -183,6 +194,9 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
     while (result == PYKVM_SERVED) {
         if (vcpu->exits >= vcpu->exit_limit)
             return PYKVM_LIMIT;
+        struct pykvm_log *log = vcpu->log;
+        if (log && (result = pykvm_log_enter(vcpu, log)) != PYKVM_SERVED)
+            return result;
         vcpu->entries++;
         if (vcpu->planted) /* every exit may be one of them: with the registers, then */
             vcpu->run->kvm_valid_regs |= KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS;
@@ -194,6 +208,8 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
             vcpu->exits++;
             if (events)
                 pykvm_events_exit(vcpu, events);
+            if (log)
+                pykvm_log_exit(vcpu, log);
         }
         if (vcpu->trace) {
             vcpu->error = error;

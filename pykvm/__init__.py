@@ -28,6 +28,7 @@ from pykvm.errors import (
     GuestMemoryError,
     KvmError,
     PykvmError,
+    ReplayError,
     RunError,
     SnapshotError,
     VcpuExitError,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.assembler import Code, asm
+    from pykvm.debug.input_log import InputLog
     from pykvm.pool import Pool
     from pykvm.snapshots import Snapshot
 
@@ -59,10 +61,12 @@ __all__ = [
     "GuestError",
     "GuestMemory",
     "GuestMemoryError",
+    "InputLog",
     "KvmError",
     "Machine",
     "Pool",
     "PykvmError",
+    "ReplayError",
     "RunError",
     "RunResult",
     "Snapshot",
@@ -76,7 +80,13 @@ _MODULES = (
     "virtio",
     "vmcore",
 )
-_LATER = {"Code": "assembler", "asm": "assembler", "Pool": "pool", "Snapshot": "snapshots"}
+_LATER = {
+    "Code": "assembler",
+    "InputLog": "debug.input_log",
+    "Pool": "pool",
+    "Snapshot": "snapshots",
+    "asm": "assembler",
+}
 
 
 def __getattr__(name: str) -> Any:

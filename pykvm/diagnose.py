@@ -5,7 +5,7 @@ from __future__ import annotations
 from pykvm import kvm
 from pykvm import result as reasons
 from pykvm.cpu import REGS, SREGS
-from pykvm.errors import PykvmError, RunError, VcpuExitError
+from pykvm.errors import PykvmError, ReplayError, RunError, VcpuExitError
 
 _SUBERRORS = {
     kvm.KVM_INTERNAL_ERROR_EMULATION: "KVM_INTERNAL_ERROR_EMULATION",
@@ -61,6 +61,8 @@ def incomplete(result: RunResult) -> PykvmError | None:
     """What ``check()`` raises for a run that was cut short, or ended by a failing guest."""
     if result.ok or result.reason == reasons.INTERRUPTED:
         return None
+    if result.reason == reasons.DIVERGED:
+        return ReplayError(str(result.exit))
     text = str(result)
     if result.reason == reasons.UNCLAIMED:
         text += "\nclaim it: on_pio() or on_mmio(), or an action of m.pio and m.mmio"

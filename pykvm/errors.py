@@ -12,6 +12,7 @@
     ├ BootError(ValueError)         an image cannot be loaded: which field, expected and found
     ├ DiskError                     a disk cannot be had: who holds it, or what has to be installed
     ├ SnapshotError(ValueError)     a snapshot is damaged, newer, or not of this machine: the reason
+    ├ ReplayError(ValueError)       a run cannot be recorded, or went another way than its log
     ├ VcpuExitError                 FAIL_ENTRY, INTERNAL_ERROR, SHUTDOWN: .exit and the explanation
     ├ RunError                      a run ended early (time-out, limit, unclaimed exit): .result
     ├ BusyError(RuntimeError)       the vCPU is running in another thread
@@ -110,6 +111,10 @@ class DiskError(PykvmError):
 
 class SnapshotError(PykvmError, ValueError):
     """A snapshot cannot be taken, read or restored: the message says why."""
+
+
+class ReplayError(PykvmError, ValueError):
+    """What cannot be recorded or replayed, and why; or where a replay went another way."""
 
 
 class VcpuExitError(PykvmError):

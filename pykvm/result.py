@@ -38,6 +38,11 @@ WATCHPOINT = "watchpoint"
 STEP = "step"
 """As many single steps were made as were asked for."""
 
+REPLAYED = "replayed"
+"""A replay came to the end of its log."""
+DIVERGED = "diverged"
+"""A replay went another way than its log: ``result.exit`` says where."""
+
 POWER_OFF = "power-off"
 """A booted machine switched itself off."""
 REBOOT = "reboot"
@@ -51,11 +56,11 @@ TERMINATED = "terminated"
 
 REASONS = (
     HALTED, STOPPED, DEBUG_EXIT, TIMEOUT, LIMIT, INTERRUPTED, SHUTDOWN, FAILED_ENTRY,
-    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, BREAKPOINT, WATCHPOINT, STEP, POWER_OFF, REBOOT, PANIC,
-    UNSUPPORTED, TERMINATED,
+    INTERNAL_ERROR, UNCLAIMED, OTHER_EXIT, BREAKPOINT, WATCHPOINT, STEP, REPLAYED, DIVERGED,
+    POWER_OFF, REBOOT, PANIC, UNSUPPORTED, TERMINATED,
 )  # fmt: skip
 
-_GOOD = (HALTED, STOPPED, POWER_OFF, BREAKPOINT, WATCHPOINT, STEP)
+_GOOD = (HALTED, STOPPED, POWER_OFF, BREAKPOINT, WATCHPOINT, STEP, REPLAYED)
 
 WATCHED = (TIMEOUT, INTERRUPTED, UNSUPPORTED, TERMINATED)
 """The guest was cut short from outside: ``result.cpus`` says where it was."""
@@ -162,7 +167,7 @@ class RunResult:
     def ok(self) -> bool:
         """True if the guest ended by itself, or as it was asked to.
 
-        Halted, stopped, powered off, debug-exit 0; a breakpoint, a watchpoint, a step.
+        Halted, stopped, powered off, debug-exit 0; a breakpoint, a watchpoint, a step; replayed.
         """
         return self.reason in _GOOD or (self.reason == DEBUG_EXIT and self.code == 0)
 
@@ -184,7 +189,7 @@ class RunResult:
         text = self.reason
         if self.code is not None:
             text += f" {self.code}"
-        if self.exit is not None and self.reason in (UNCLAIMED, OTHER_EXIT):
+        if self.exit is not None and self.reason in (UNCLAIMED, OTHER_EXIT, DIVERGED):
             text += f" {self.exit!r}"
         if len(self.cpus) > 1 or self.reason not in (*WATCHED, LIMIT):
             text += f" on cpu {self.cpu}" if len(self.cpus) > 1 else ""

@@ -131,6 +131,8 @@ class Snapshot(Closing):
     def put_back(self, machine: Machine) -> None:
         """:meth:`restore`, but for a ``stop()``, which stays for the next run."""
         _check(machine)
+        if any(runner.log is not None for runner in machine._runners):
+            raise SnapshotError("the machine is being recorded or replayed: restore it before")
         with _quiet(machine):
             plan = plan_of(machine, self)
             if not plan.run():

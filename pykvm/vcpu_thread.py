@@ -86,6 +86,7 @@ class Runner:
         self._hooks = hooks
         self._msrs = msrs
         self.debug: Debugger | None = None
+        self.log: Any = None  # what records or replays it: pykvm.replay
         self.c = c = ffi.new("struct pykvm_vcpu *")
         self.address = int(ffi.cast("uintptr_t", c))
         c.run = page
@@ -250,6 +251,8 @@ class Runner:
                 self._call(lock, claim.device.drain)
                 return self._cut_short()  # C comes to look only once there is room
             return None  # else it was released meanwhile, and C finds who serves it now
+        if outcome in _LOGGED:
+            return self._call(lock, self.log.see, outcome)  # type: ignore[no-any-return]
         if outcome == lib.PYKVM_UNCLAIMED:
             return End(reasons.UNCLAIMED, self.access())
         if outcome == lib.PYKVM_STOPPED:
@@ -349,6 +352,9 @@ class Runner:
     def _complete(self, c: Any) -> None:
         run = lib.pykvm_vcpu_run
         limit, c.exit_limit, c.deadline, c.trace = c.exit_limit, UNLIMITED, NEVER, 0
+        log = c.log
+        if log and log.mode == lib.PYKVM_LOG_REPLAY:
+            c.log = ffi.NULL  # it has given its answer
         stopped = False
         try:
             while True:
@@ -358,6 +364,8 @@ class Runner:
                     c.access.pending = lib.PYKVM_UNANSWERED  # nobody made room: it is given up
                 elif outcome == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:
                     c.run.kvm_dirty_regs &= ~lib.KVM_SYNC_X86_SREGS  # refused, and in the way
+                elif outcome == lib.PYKVM_LOGGED:
+                    self.log.see(outcome)
                 elif outcome in (lib.PYKVM_KICKED, lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
                     stopped |= outcome == lib.PYKVM_KICKED  # meant for a run
                     if c.access.pending == lib.PYKVM_RETRY:
@@ -366,7 +374,7 @@ class Runner:
                         c.stop = lib.PYKVM_STOP_OTHER
                     return
         finally:
-            c.exit_limit = limit
+            c.exit_limit, c.log = limit, log
 
 
 def _stopped(stop: Stop | None) -> End | None:
@@ -383,6 +391,7 @@ _OUTCOMES = {
     lib.PYKVM_TIMEOUT: reasons.TIMEOUT,
     lib.PYKVM_KICKED: reasons.STOPPED,
 }
+_LOGGED = (lib.PYKVM_LOGGED, lib.PYKVM_REPLAYED, lib.PYKVM_DIVERGED)
 _MSR = (lib.KVM_EXIT_X86_RDMSR, lib.KVM_EXIT_X86_WRMSR)
 _FATAL = (lib.KVM_EXIT_SHUTDOWN, lib.KVM_EXIT_FAIL_ENTRY, lib.KVM_EXIT_INTERNAL_ERROR)
 _DEBUG = (lib.KVM_EXIT_DEBUG, lib.KVM_EXIT_SHUTDOWN)

@@ -118,6 +118,7 @@ struct pykvm_vcpu {
     struct pykvm_access access;
     struct pykvm_events *events;   /* a trace of the exits, or NULL */
     struct pykvm_planted *planted; /* look for stops in the code, or NULL */
+    struct pykvm_log *log;         /* record or replay what the guest is given, or NULL */
     struct pykvm_vcpu *outer; /* the run that this one is nested in, in the same thread */
     uint32_t hint[2];         /* index of the range hit last: PIO, MMIO */
     uint32_t index;           /* which vCPU, for records */
@@ -147,6 +148,9 @@ enum pykvm_outcome {
     PYKVM_STRUCK = -11,     /* an IN that may be a planted stop; RIP, RAX and CS are in the run page.
                                To have it served as the guest's own, set access.pending to
                                PYKVM_UNSERVED and `guests_own` to 1 */
+    PYKVM_LOGGED = -12,     /* the log has something for Python; call again to go on */
+    PYKVM_REPLAYED = -13,   /* the log is at its end */
+    PYKVM_DIVERGED = -14,   /* the exit is not the one in the log */
 };
 
 enum {

@@ -24,6 +24,7 @@ OTHER_EXIT = 8
 REBOOT = 9
 PANIC = 10
 UNSUPPORTED = 11
+DIVERGED = 12
 TIMEOUT = 124
 SIGNALLED = 128
 HANGUP = 129
@@ -46,6 +47,7 @@ TABLE: tuple[tuple[str, str], ...] = (
     (f"{REBOOT}", "reboot: a booted machine reset itself"),
     (f"{PANIC}", "panic: a booted kernel panicked"),
     (f"{UNSUPPORTED}", "unsupported: this KVM cannot run a stock kernel, and it was given up"),
+    (f"{DIVERGED}", "diverged: a replay left its log; for scripts, no command replays"),
     (f"{TIMEOUT}", "timeout, as of timeout(1)"),
     (f"{HANGUP}", "terminated: by SIGHUP, the terminal is gone (128 + SIGHUP)"),
     (f"{INTERRUPTED}", "interrupted: by Ctrl-C, or Ctrl-A x at a console (128 + SIGINT)"),
@@ -71,6 +73,8 @@ _BY_REASON = {
     reasons.BREAKPOINT: OK,
     reasons.WATCHPOINT: OK,
     reasons.STEP: OK,
+    reasons.REPLAYED: OK,
+    reasons.DIVERGED: DIVERGED,
     reasons.POWER_OFF: OK,
     reasons.REBOOT: REBOOT,
     reasons.PANIC: PANIC,

@@ -5,12 +5,13 @@
 kernel's value (0, or the number, length or file descriptor the ioctl returns).
 
 The name is the key: the request number comes from the kernel's header, the trace prints the name,
-and the table of hints is looked up by it. Two module globals can be replaced:
+and the table of hints is looked up by it. Three module globals can be replaced:
 
 * ``raw(fd, request, arg)``: issues the system call and returns its value or -errno. Tests put a
   fake here.
 * ``tracer``: None, or what stands in for :func:`issue` while tracing is on
   (:mod:`pykvm.kvm.tracing`). Tracing that is off costs one comparison.
+* ``witnesses``: each is told what was done, after the kernel did it (:mod:`pykvm.replay`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ NULL = ffi.NULL
 
 raw: Callable[[int, int, Any], int] = lib.pykvm_ioctl
 tracer: Callable[[Handle, str, Any], int] | None = None
+witnesses: list[Callable[[Handle, str, Any], None]] = []
 
 
 class _Requests(dict[str, int]):
@@ -63,6 +65,8 @@ def call(handle: Handle, name: str, arg: Any = NULL) -> int:
         if result == -_errno.EINTR and name != "KVM_RUN":
             return call(handle, name, arg)
         fail(handle, name, -result)
+    for witness in witnesses:
+        witness(handle, name, arg)
     return result
 
 

@@ -8,6 +8,7 @@ from .units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import Any
 
     from .region import Region
@@ -30,12 +31,17 @@ class Pages:
 
 
 class HostWrites:
-    """The host's writes into a :class:`GuestMemory`; its ``track()`` makes it."""
+    """The host's writes into a :class:`GuestMemory`; its ``track()`` makes it.
 
-    __slots__ = ("_pages",)
+    Attributes:
+        noted: called with region, offset and length of a write that is about to be made, or None.
+    """
+
+    __slots__ = ("_pages", "noted")
 
     def __init__(self) -> None:
         self._pages: dict[Region, Pages] = {}
+        self.noted: Callable[[Region, int, int], None] | None = None
 
     def of(self, region: Region) -> Pages:
         """The bitmaps of a region."""
@@ -46,6 +52,8 @@ class HostWrites:
 
     def mark(self, region: Region, at: int, length: int) -> None:
         """Note a write of ``length`` bytes at an offset of a region."""
+        if self.noted is not None:
+            self.noted(region, at, length)
         _set(self.of(region).touched, at, length)
 
     def expose(self, region: Region, at: int, length: int) -> None:

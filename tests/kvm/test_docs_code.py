@@ -39,6 +39,14 @@ def test_tracing(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "timeline.svg").read_text().startswith("<svg")
 
 
+def test_determinism(run: Any) -> None:
+    (program,) = programs("determinism.md")
+    lines = run(program).splitlines()
+    assert lines[0].startswith("<exit 1: in 0x40, 1 byte: ") and lines[3] == "<exit 4: hlt>"
+    assert lines[4] == "replayed []"
+    assert re.match(r"at exit 1 .* expected in 0x40, .*; found in 0x41, 1 byte \(at", lines[5])
+
+
 def test_debugging(run: Any) -> None:
     program, _ = programs("debugging.md")
     lines = run(program).splitlines()

@@ -45,10 +45,12 @@ ABI_USERS = {
     "devices.virtio.queue": "rings in guest memory, which C walks",
     "devices.access": "what C makes of an access for its handler",
     "debug.trace": "the ring of exits that C fills",
+    "debug.input_log": "the records of a log, as C writes them",
     "debug.planted": "tells C where a stop may be planted",
     "vcpu_thread": "drives the run loop in C",
     "cpu": "registers in the run page, by KVM_CAP_SYNC_REGS",
     "fuzzing": "drives the fuzz loop in C",
+    "replay": "the log that C writes and follows",
     "snapshot": "the state of a vCPU as bytes, and the plan by which C puts it back",
     "machine": "the numbers of exit reasons and flags",
 }
