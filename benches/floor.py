@@ -6,12 +6,11 @@ import ctypes
 import os
 from collections.abc import Iterator
 from time import perf_counter_ns
-from types import TracebackType
-from typing import Self
 
 import pykvm
 from benches.measure import BenchError, Sampler
 from benches.reference import Guest, build, pointer
+from pykvm.kvm.handle import Closing
 from pykvm.snapshot.reset import Tracking
 
 ENTRY = 0x8000
@@ -63,7 +62,7 @@ class _Call(ctypes.Structure):
     _fields_ = (("request", ctypes.c_ulong), ("arg", ctypes.c_void_p))
 
 
-class Floor:
+class Floor(Closing):
     """The same guest in C: pages that are known are copied back, and the same ioctls made.
 
     Args:
@@ -113,17 +112,6 @@ class Floor:
         floor, self._floor = self._floor, ctypes.c_void_p()
         if floor:
             self._c.floor_delete(floor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def dirtied(s: pykvm.Snapshot, m: pykvm.Machine) -> list[int]:

@@ -14,12 +14,12 @@ import subprocess
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from benches.measure import BenchError, Sampler
 from pykvm import Machine
 from pykvm._abi import ffi
+from pykvm.kvm.handle import Closing
 
 HERE = Path(__file__).parent
 FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC")
@@ -100,7 +100,7 @@ def in_c(guest: Guest) -> tuple[Sampler, Sampler]:
     return lambda: both()[0], lambda: both()[1]
 
 
-class RawVm:
+class RawVm(Closing):
     """The reference for a machine: the same guest, set up and driven by C alone."""
 
     def __init__(self, machine: Machine) -> None:
@@ -144,14 +144,3 @@ class RawVm:
         raw, self._raw = self._raw, ctypes.c_void_p()
         if raw:
             self._c.raw_delete(raw)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

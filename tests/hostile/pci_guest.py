@@ -9,29 +9,24 @@ from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc
 from pykvm.virtio import Console, Rng
 from tests.hostile.guest import Lost, Outcome
+from tests.hostile.program import CHOOSE, NEXT
 from tests.support.vring_driver import WRITE, Driver
 
 CODE, RING, BUFFER = 0x8000, 0x120000, 0x130000
 WINDOW = 0x10000
 """Of the addresses from pc.PCI_MEMORY on, so many bytes are played with: all that is there."""
 
-SOURCE = """
+SOURCE = (
+    """
         # r15: random numbers. r14: operations left.
     loop:
         dec     r14
         js      finish
         call    next
-        mov     ecx, eax
-        and     ecx, 15
-        lea     rdx, [rip + table]
-        mov     ecx, [rdx + rcx * 4]
-        add     rcx, rdx
-        call    next
         mov     r8, rax
-        jmp     rcx
-
-        .balign 4
-    table:
+"""
+    + CHOOSE
+    + """
         .long put - table, put - table, put - table, get - table
         .long get - table, start - table, register - table, register - table
         .long register - table, register - table, look - table, look - table
@@ -196,19 +191,9 @@ SOURCE = """
         mov     al, 0
         out     0xf4, al
 
-    next:
-        mov     rax, r15
-        shl     rax, 13
-        xor     r15, rax
-        mov     rax, r15
-        shr     rax, 7
-        xor     r15, rax
-        mov     rax, r15
-        shl     rax, 17
-        xor     r15, rax
-        mov     rax, r15
-        ret
 """
+    + NEXT
+)
 
 
 def run(operations: int, seed: int, io: str = "sync", timeout: float | None = None) -> Outcome:
