@@ -16,7 +16,7 @@ from pykvm.debug.planted import IN_AL_DX
 from pykvm.errors import GuestMemoryError
 from pykvm.snapshot import devices as devices_of
 from pykvm.snapshot.reset import PATIENCE
-from pykvm.snapshots import plan_of
+from pykvm.snapshots import plan_of, quiet
 from pykvm.vcpu_thread import NEVER, UNLIMITED
 
 TYPE_CHECKING = False
@@ -124,8 +124,8 @@ def fuzz(
         TypeError: an input is something else than bytes.
         Exception: what a handler raised; a note says at which input.
 
-    A HLT ends a run unless it has a hook; with ``irqchip`` it waits in the kernel: give ``until``
-    then. ``m.stop()`` without a reason of its own ends the whole loop.
+    A HLT ends a run unless it has a hook; with ``irqchip`` it waits in the kernel: give ``until``.
+    ``m.stop()`` without a reason of its own ends the whole loop.
     """
     if len(machine.cpus) != 1:
         raise ValueError(f"fuzzing takes a machine with one vCPU, not {len(machine.cpus)}")
@@ -169,7 +169,6 @@ class _Fuzzer:
             c.length_to, c.length_slot, c.length_at = self._place(length_at, 8)
         self._blocks = None if isinstance(coverage, tuple) else coverage
         self._found: dict[int, int] = {}  # fresh blocks, by the input's number in its batch
-        self._plants: Any = None
         if isinstance(coverage, tuple):
             gpa, length = coverage
             c.map, _, _ = self._place(gpa, length)
@@ -198,7 +197,7 @@ class _Fuzzer:
         kept = c.resets, c.differing, c.waste
         c.waste, c.patience = 0, 1 << 30
         try:
-            self._snapshot.put_back(self._machine)
+            self._snapshot.put_back(self._machine, resume=False)  # as after every other input
         finally:
             c.patience = PATIENCE
             c.resets, c.differing, c.waste = kept
@@ -220,9 +219,7 @@ class _Fuzzer:
             if len(data) > self._size:
                 raise ValueError(f"an input of {len(data)} bytes does not fit size={self._size}")
         self._begin_anew()
-        claim = None
-        if self._until is not None:
-            claim = machine.pio.stop(self._until, tag=UNTIL)
+        claim = None if self._until is None else machine.pio.stop(self._until, tag=UNTIL)
         joined = b"".join(inputs)
         ends, end = [], 0
         for data in inputs:
@@ -247,6 +244,8 @@ class _Fuzzer:
         c.hooked = lib.KVM_EXIT_HLT in machine._hooks
         if lib.KVM_EXIT_SHUTDOWN in machine._hooks or self._planted():
             c.hooked |= 2  # without an IDT, a planted stop in ring 3 is one
+        if machine._virtio is not None and any(each.started for each in machine._virtio.threads):
+            c.hooked |= 4  # they may be at work: wait for them, and put devices back, each time
         self._plant()
         self._found.clear()
         self._plan.before()
@@ -320,10 +319,11 @@ class _Fuzzer:
         debugger = machine._debugger
         if debugger is not None and len(debugger.planted) != self._plan.c.plant_count:
             self._plant()  # one was hit, and is gone
-        failed = lib.pykvm_fuzz_end(c, outcome)
-        if failed:
-            self._again(failed)
-        devices_of.restore(self._devices, self._snapshot.devices)
+        with quiet(machine):
+            failed = lib.pykvm_fuzz_end(c, outcome)
+            if failed:
+                self._again(failed)
+            devices_of.restore(self._devices, self._snapshot.devices)
 
     def _planted(self) -> Iterable[tuple[int, int]]:
         debugger = self._machine._debugger
@@ -338,8 +338,8 @@ class _Fuzzer:
             places.append(
                 ffi.cast("uint8_t *", region.userspace_addr + gpa - region.guest_phys_addr)
             )
-        self._plants = ffi.new("uint8_t *[]", places)
-        c.plants, c.plant_count, c.plant = self._plants, len(places), IN_AL_DX
+        self._plants = c.plants = ffi.new("uint8_t *[]", places)
+        c.plant_count, c.plant = len(places), IN_AL_DX
 
     def _again(self, error: int) -> None:
         """A reset failed: with an access still open, have it completed with care."""

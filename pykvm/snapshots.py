@@ -128,28 +128,34 @@ class Snapshot(Closing):
         self.put_back(machine)
         _tell(machine, value)
 
-    def put_back(self, machine: Machine) -> None:
-        """:meth:`restore`, but for a ``stop()``, which stays for the next run."""
+    def put_back(self, machine: Machine, resume: bool = True) -> None:
+        """:meth:`restore`, but for a ``stop()``, which stays for the next run.
+
+        Args:
+            machine: which.
+            resume: have devices look for what was asked for and not done.
+        """
         _check(machine)
         if any(runner.log is not None for runner in machine._runners):
             raise SnapshotError("the machine is being recorded or replayed: restore it before")
-        with _quiet(machine):
+        with quiet(machine):
             plan = plan_of(machine, self)
             if not plan.run():
                 for runner in machine._runners:
                     runner.complete()
                 if not plan.run():
                     raise SnapshotError("a vCPU does not come to the end of its instruction")
-            self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
+            self.finish(machine, devices_of.find((machine.pio, machine.mmio)), resume)
             if machine._debugger is not None:
                 machine._debugger.restored()
 
-    def finish(self, machine: Machine, devices: dict[str, Any]) -> None:
+    def finish(self, machine: Machine, devices: dict[str, Any], resume: bool = True) -> None:
         """After KVM's part: devices, and what Python remembers."""
         for cpu, (entered, ended) in zip(machine.cpus, self.cpus, strict=True):
             cpu.put_back(entered, ended)
         devices_of.restore(devices, self.devices, self.served)
-        devices_of.resume(devices)
+        if resume:
+            devices_of.resume(devices)
 
     def fork(self, setup: Setup | None = None, *, identity: Identity = "new") -> Machine:
         """Make another machine of it, which shares every page of memory until it writes it.
@@ -194,7 +200,7 @@ class Snapshot(Closing):
             plan = _plan(machine, self, None)
             if not plan.run():
                 raise SnapshotError("a vCPU that never ran has an access open")
-            with _quiet(machine):
+            with quiet(machine):
                 self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
             _tell(machine, value)
             served_by.warn(self.served, (machine.pio, machine.mmio), _hooks(machine))
@@ -338,7 +344,7 @@ class Snapshot(Closing):
 def take(machine: Machine) -> Snapshot:
     """See ``Machine.snapshot``."""
     _check(machine)
-    with _quiet(machine):
+    with quiet(machine):
         for runner, cpu in zip(machine._runners, machine.cpus, strict=True):
             runner.complete()
             cpu.flush()
@@ -418,7 +424,7 @@ def _check(machine: Machine) -> None:
 
 
 @contextmanager
-def _quiet(machine: Machine) -> Iterator[None]:
+def quiet(machine: Machine) -> Iterator[None]:
     """Hold the machine's I/O threads still, after they did what was asked of them."""
     with ExitStack() as held:
         if machine._virtio is not None:

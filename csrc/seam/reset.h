@@ -126,7 +126,7 @@ struct pykvm_fuzz {
     struct pykvm_range **stateful; /* those behind which C keeps something that an access changes */
     uint64_t stateful_hits;  /* of all of them, when the input began */
     uint32_t stateful_count;
-    uint32_t hooked;         /* 1: HLT is Python's to judge; 2: a shutdown is */
+    uint32_t hooked;         /* 1: HLT is Python's to judge; 2: a shutdown is; 4: every end is */
     uint32_t rearm;          /* the timer has to be set anew */
     uint32_t calls;          /* so many of the reset's ioctls, the first, are made */
 };
