@@ -22,12 +22,6 @@ GENEROUS = 60.0
 pytestmark = pytest.mark.usefixtures("no_leak")
 
 
-@pytest.fixture
-def m() -> Iterator[pykvm.Machine]:
-    with pykvm.Machine(memory="2M") as made:
-        yield made
-
-
 def enter(m: pykvm.Machine, text: str) -> None:
     m.load(pykvm.asm(text, at=0x8000))
     m.cpu.enter("long64", entry=0x8000)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -12,12 +11,6 @@ from pykvm import result as reasons
 from pykvm.devices.access import PioAccess
 
 GPRS = ["rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", *(f"r{n}" for n in range(8, 16))]
-
-
-@pytest.fixture
-def m() -> Iterator[pykvm.Machine]:
-    with pykvm.Machine(memory="2M") as machine:
-        yield machine
 
 
 @pytest.fixture

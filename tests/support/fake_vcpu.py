@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from pykvm._abi import ffi, lib
 from pykvm.devices.bus import Bus
-from pykvm.vcpu_thread import Runner
+from pykvm.vcpu_thread import NEVER, End, Runner
 
 PAGES = 3
 
@@ -89,3 +90,9 @@ class FakeRun:
     def answered(self, index: int, size: int) -> bytes:
         """What the guest was given for the read at ``index`` of the script."""
         return bytes(self.script[index].data)[:size]
+
+
+def run(fake: FakeRun, max_exits: int | None = None, seconds: float | None = None) -> End:
+    """Run it: so many exits, so long."""
+    deadline = NEVER if seconds is None else time.monotonic_ns() + int(seconds * 1e9)
+    return fake.runner.run(deadline, max_exits)

@@ -13,12 +13,18 @@ class Ports(FakeRun):
     """``inp()``, ``out()``, ``load()``, ``store()``, as of a processor.
 
     Attributes:
-        end: how the last access ended the run: "halted" if it went through.
+        end: how the last access ended the run; its ``reason`` is "halted" if it went through.
     """
 
     def __init__(self) -> None:
         super().__init__(HLT)
         self.end: End | None = None
+
+    @property
+    def reason(self) -> str:
+        """How the last access ended the run."""
+        assert self.end is not None
+        return self.end.reason
 
     def _one(self, exit: dict[str, Any], size: int) -> int:
         self.script = ffi.new("struct pykvm_fake_exit[]", [exit, HLT])

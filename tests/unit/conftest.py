@@ -1,9 +1,20 @@
-"""Hypothesis for the unit tests. KVM tests do without: in the rig it takes 25 s to import."""
+"""Hypothesis for the unit tests, and fixtures that several files share.
+
+KVM tests do without Hypothesis: in the rig it takes 25 s to import.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
 from hypothesis import Phase, settings
 from hypothesis.internal.conjecture import engine
+
+from pykvm.doctor.host import Tree
+from tests.support.disk_io import content
+from tests.support.ports import Ports
 
 # A failure is to be told, with what repeats it, before the watchdog ends the run: by default its
 # example is made smaller for up to five minutes, and then explained, at a tenth of the speed.
@@ -17,3 +28,31 @@ settings.register_profile(
     phases=[phase for phase in Phase if phase != Phase.explain],
 )
 settings.load_profile("pykvm")
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """A raw disk image."""
+    path = tmp_path / "disk.img"
+    path.write_bytes(content())
+    return path
+
+
+@pytest.fixture
+def ports() -> Ports:
+    """A bus of ports, and a guest's INs and OUTs."""
+    return Ports()
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Callable[..., Tree]:
+    """``tree({"/proc/misc": text, …})``: a root with these files in it."""
+
+    def make(files: dict[str, str] | None = None) -> Tree:
+        for path, text in (files or {}).items():
+            target = tmp_path / "root" / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
+        return Tree(str(tmp_path / "root"))
+
+    return make

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,34 +14,10 @@ import pytest
 from pykvm import doctor
 from pykvm.doctor import access, host, measure
 from pykvm.doctor.access import diagnose
-from pykvm.doctor.host import AMD64_DE_CFG, VMX_BASIC, Tree
+from pykvm.doctor.host import Tree
 from pykvm.doctor.measure import Ring0, Timing
 from tests.support.fake_ioctl import fake_kernel
-
-MISC_WITH_KVM = "232 kvm\n200 tun\n"
-MISC_WITHOUT = "200 tun\n 59 kvmish\n"
-
-
-def cpuinfo(*flags: str, vendor: str = "GenuineIntel") -> str:
-    return (
-        f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: A Processor\n"
-        f"flags\t\t: fpu {' '.join(flags)}\n\n"
-        f"processor\t: 1\nvendor_id\t: {vendor}\nflags\t\t: fpu vmx svm\n"
-    )
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Callable[..., Tree]:
-    """``tree({"/proc/misc": text, …})``: a root with these files in it."""
-
-    def make(files: dict[str, str] | None = None) -> Tree:
-        for path, text in (files or {}).items():
-            target = tmp_path / "root" / path.lstrip("/")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(text)
-        return Tree(str(tmp_path / "root"))
-
-    return make
+from tests.support.proc_tree import MISC_WITH_KVM, MISC_WITHOUT, cpuinfo
 
 
 @pytest.fixture
@@ -262,194 +237,8 @@ def test_the_other_hypervisor_is_named_by_its_module(tree: Callable[..., Tree]) 
     assert "modprobe -r vboxdrv" in problem.remedies[0]
 
 
-# ---- the back end ------------------------------------------------------------------------------
-
-
-def both_built_in(vendor: str) -> dict[str, str]:
-    return {
-        "/sys/module/kvm_intel/parameters/nested": "Y",
-        "/sys/module/kvm_amd/parameters/nested": "1",
-        "/proc/cpuinfo": cpuinfo(vendor=vendor),
-    }
-
-
-def test_the_one_module_is_the_back_end_whatever_the_processor(tree: Callable[..., Tree]) -> None:
-    files = {"/sys/module/kvm_pvm/x": "", "/proc/cpuinfo": cpuinfo("vmx")}
-    assert host.back_end(tree(files), []) == "kvm-pvm"
-
-
-def test_what_holds_kvm_counts_more_than_what_shows_parameters(tree: Callable[..., Tree]) -> None:
-    files = {**both_built_in("GenuineIntel"), "/sys/module/kvm/holders/kvm_amd/x": ""}
-    assert host.modules(tree(files)) == ["kvm_amd"]
-
-
-def test_of_two_built_in_back_ends_kvm_itself_says_which(tree: Callable[..., Tree]) -> None:
-    files = both_built_in("GenuineIntel")
-    assert host.back_end(tree(files), [0x8B, AMD64_DE_CFG]) == "kvm-amd"
-    assert host.back_end(tree(files), [0x8B, VMX_BASIC]) == "kvm-intel"
-
-
-@pytest.mark.parametrize(
-    ("vendor", "name"),
-    [
-        ("GenuineIntel", "kvm-intel"),
-        ("AuthenticAMD", "kvm-amd"),
-        ("HygonGenuine", "kvm-amd"),
-        ("SomebodyElse", "unknown"),
-    ],
-)
-def test_of_two_built_in_back_ends_that_say_nothing_the_vendor_decides(
-    tree: Callable[..., Tree], vendor: str, name: str
-) -> None:
-    assert host.back_end(tree(both_built_in(vendor)), []) == name
-
-
-def test_where_no_module_shows_kvm_may_still_say(tree: Callable[..., Tree]) -> None:
-    assert host.back_end(tree(), [VMX_BASIC]) == "kvm-intel"
-    assert host.back_end(tree(), []) == "unknown"
-
-
-def test_backend_is_a_line_with_the_kernel(tree: Callable[..., Tree]) -> None:
-    root = tree({"/sys/module/kvm_amd/x": ""}).root
-    assert doctor.backend(root) == f"kvm-amd, Linux {os.uname().release}"
-
-
-# ---- facts -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("files", "kind"),
-    [
-        ({}, ""),
-        ({"/proc/1/cgroup": "0::/init.scope\n"}, ""),
-        ({"/.dockerenv": ""}, "docker"),
-        ({"/proc/self/cgroup": "1:cpu:/docker/0123\n"}, "docker"),
-        ({"/run/.containerenv": ""}, "podman"),
-        ({"/proc/1/cgroup": "0::/machine.slice/libpod-1.scope\n"}, "podman"),
-        ({"/.dockerenv": "", "/proc/1/cgroup": "0::/kubepods/x\n"}, "kubernetes"),
-        ({"/proc/1/cgroup": "0::/lxc.payload.c1\n"}, "lxc"),
-        ({"/run/systemd/container": "systemd-nspawn\n"}, "systemd-nspawn"),
-    ],
-)
-def test_containers_are_seen(tree: Callable[..., Tree], files: dict[str, str], kind: str) -> None:
-    assert host.container(tree(files)) == kind
-
-
-@pytest.mark.parametrize(
-    ("said", "meant"), [("Y\n", True), ("1\n", True), ("N\n", False), ("0\n", False)]
-)
-def test_nested_virtualization_is_read_in_both_spellings(
-    tree: Callable[..., Tree], said: str, meant: bool
-) -> None:
-    assert host.nested(tree({"/sys/module/kvm_amd/parameters/nested": said})) is meant
-
-
-def test_a_module_that_does_not_say_is_not_said_to_nest(tree: Callable[..., Tree]) -> None:
-    assert host.nested(tree({"/sys/module/kvm_pvm/parameters/force": "N"})) is None
-
-
-def test_the_first_processor_counts(tree: Callable[..., Tree]) -> None:
-    place = tree({"/proc/cpuinfo": cpuinfo("hypervisor")})
-    assert host.virtualization(place) == ""
-    assert host.processor(place) == "A Processor"
-
-
-def test_huge_pages_are_counted(tree: Callable[..., Tree]) -> None:
-    pools = "/sys/kernel/mm/hugepages"
-    files = {
-        "/sys/kernel/mm/transparent_hugepage/enabled": "always [madvise] never\n",
-        f"{pools}/hugepages-2048kB/nr_hugepages": "8\n",
-        f"{pools}/hugepages-2048kB/free_hugepages": "5\n",
-        f"{pools}/hugepages-1048576kB/nr_hugepages": "0\n",
-    }
-    assert host.huge_pages(tree(files)) == {
-        "transparent": "madvise",
-        "pools": {"1G": {"total": 0, "free": 0}, "2M": {"total": 8, "free": 5}},
-    }
-
-
-def test_a_missing_assembler_is_told_with_the_remedy(
-    tree: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert host.assembler(tree()) == ""
-    report = doctor.examine("/nowhere/kvm", root=tree().root)
-    assert any("binutils" in line for line in report.advice)
-
-
-# ---- measuring ---------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(shutil.which("as") is None, reason="needs as (binutils)")
-def test_the_code_that_is_timed_is_what_its_comment_says() -> None:
-    from pykvm.assembler import asm
-
-    assert bytes(asm("l: inc rcx\n jmp l")) == measure.COUNT_CODE
-    outs = "out 0x80, al\n" * 63
-    assert bytes(asm(f"l: {outs} jmp l")) == measure.OUT_CODE
-
-
-@pytest.mark.parametrize(
-    ("ring0_ns", "verdict", "boots"), [(700.0, "emulated", False), (0.4, "native", True)]
-)
-def test_ring_0_is_judged_by_ring_3(
-    monkeypatch: pytest.MonkeyPatch, ring0_ns: float, verdict: str, boots: bool
-) -> None:
-    monkeypatch.setattr(measure, "instruction_ns", lambda ring, path: {0: ring0_ns, 3: 0.3}[ring])
-    ring0 = measure.ring0()
-    assert ring0 == Ring0(verdict, ring0_ns, 0.3, ring0_ns / 0.3)
-    report = doctor.Report("/dev/kvm", ring0=ring0)
-    assert report.linux[0] is boots
-    assert any("ring=3" in line for line in report.advice) is not boots
-
-
-@pytest.mark.parametrize(("ring3", "told"), [(40.0, True), (15.0, False)])
-def test_dear_exits_from_ring_3_are_told(ring3: float, told: bool) -> None:
-    costs = {
-        "pio_c": Timing("", 12.0, 10.0, 50.0),
-        "pio_ring3": Timing("", ring3, ring3, ring3),
-    }
-    advice = doctor.Report("/dev/kvm", costs=costs).advice
-    assert any("4.0 times" in line for line in advice) is told
-
-
-def test_where_both_rings_are_slow_ring_0_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "instruction_ns", lambda ring, path: {0: 9.0, 3: 5.0}[ring])
-    assert measure.ring0().verdict == "native"
-
-
-def test_a_timing_is_the_median_and_the_first_sample_does_not_count() -> None:
-    taken = iter([(9.0, 1), (0.003, 1), (0.001, 1), (0.004, 2), (0.005, 1), (0.009, 1)])
-    timing = measure._median("x", lambda seconds: next(taken))
-    assert [timing.ns, timing.low, timing.high] == pytest.approx([3e6, 1e6, 9e6])
-    assert timing.per_second == pytest.approx(1000 / 3)
-
-
-def test_a_slow_machine_gets_longer_samples() -> None:
-    asked: list[float] = []
-
-    def sample(seconds: float) -> tuple[float, int]:
-        asked.append(seconds)
-        return seconds, int(seconds / 0.015)
-
-    timing = measure._median("x", sample)
-    assert asked[:3] == [0.004, 0.008, 0.016]
-    assert set(asked[3:]) == {0.016}
-    assert timing.ns == pytest.approx(16e6)
-
-
-def test_samples_that_all_come_out_empty_are_taken_again_and_longer() -> None:
-    taken = iter([1, 0, 0, 0, 0, 0, 1, 0, 1, 0, 0, 0])
-    timing = measure._median("x", lambda seconds: (seconds, next(taken)))
-    assert timing.ns == pytest.approx(8e6)
-
-
-def test_a_machine_that_makes_no_exit_at_all_ends_the_measurement() -> None:
-    with pytest.raises(RuntimeError, match="nothing happened"):
-        measure._median("x", lambda seconds: (seconds, 0))
-
-
 # ---- the report --------------------------------------------------------------------------------
+
 
 KEYS = {
     "schema", "device", "usable", "problem", "host", "backend", "capabilities", "limits", "ring0",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from calendar import timegm
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc
 from pykvm.arch.x86_64.pic import bios_state
-from pykvm.devices import debug_exit, testdev
+from pykvm.devices import debug_exit
 from pykvm.devices.base import ByteDevice, Device
 from pykvm.devices.cmos import Cmos
 from pykvm.devices.fw_cfg import FwCfg
@@ -26,17 +25,6 @@ from pykvm.devices.pvpanic import Pvpanic
 from pykvm.devices.reset import FastA20, ResetControl
 from pykvm.result import DEBUG_EXIT
 from tests.support.ports import Ports
-
-
-@pytest.fixture
-def ports() -> Ports:
-    return Ports()
-
-
-def reason(ports: Ports) -> str:
-    assert ports.end is not None
-    return ports.end.reason
-
 
 # ---- what all have in common -------------------------------------------------------------------
 
@@ -94,8 +82,8 @@ def test_any_access_is_served_and_the_state_survives_json(
             ports.out(first + offset, value & (1 << 8 * size) - 1, size)
         else:
             assert 0 <= ports.inp(first + offset, size) < 1 << 8 * size
-        if reason(ports) != DEBUG_EXIT:
-            assert reason(ports) == reasons.HALTED
+        if ports.reason != DEBUG_EXIT:
+            assert ports.reason == reasons.HALTED
     state = json.loads(json.dumps(device.state()))
     twin = make()
     twin.restore(state)
@@ -264,132 +252,6 @@ def test_the_timer_runs_at_its_rate_and_can_be_restored(
     assert ports.inp(TIMER + 2, 2) == 0x3456
 
 
-# ---- CMOS --------------------------------------------------------------------------------------
-
-
-class Clock:
-    """Seconds since 1970, that stand still."""
-
-    def __init__(self, *date: int) -> None:
-        self.now = float(timegm((*date, 0, 0, 0)))
-
-    def __call__(self) -> float:
-        return self.now
-
-
-class Rtc:
-    def __init__(self, ports: Ports, clock: Clock, **options: int) -> None:
-        self.ports = ports
-        self.device = Cmos(clock=clock, **options)
-        self.device.attach(ports.pio, 0x70)
-
-    def __getitem__(self, register: int) -> int:
-        self.ports.out(0x70, 0x80 | register)  # with NMIs off, as Linux has it
-        return self.ports.inp(0x71)
-
-    def __setitem__(self, register: int, value: int) -> None:
-        self.ports.out(0x70, register)
-        self.ports.out(0x71, value)
-
-    def time(self) -> list[int]:
-        return [self[register] for register in (0x32, 9, 8, 7, 4, 2, 0)]
-
-
-AFTERNOON = (2024, 2, 29, 23, 58, 7)
-
-
-def test_the_clock_shows_the_time_in_every_format(ports: Ports) -> None:
-    rtc = Rtc(ports, Clock(*AFTERNOON))
-    assert rtc.time() == [0x20, 0x24, 0x02, 0x29, 0x23, 0x58, 0x07]
-    assert rtc[6] == 5  # a Thursday
-    rtc[0xB] = 0x06
-    assert rtc.time() == [20, 24, 2, 29, 23, 58, 7]
-    rtc[0xB] = 0x00
-    assert rtc[4] == 0x91
-    rtc[0xB] = 0x04
-    assert rtc[4] == 0x8B
-
-
-@pytest.mark.parametrize(("hour", "shown"), [(0, 0x12), (1, 0x01), (12, 0x92), (13, 0x81)])
-def test_twelve_hours_have_no_zero(ports: Ports, hour: int, shown: int) -> None:
-    rtc = Rtc(ports, Clock(2024, 1, 1, hour, 0, 0))
-    rtc[0xB] = 0
-    assert rtc[4] == shown
-
-
-@pytest.mark.parametrize("mode", [0x00, 0x02, 0x04, 0x06])
-@pytest.mark.parametrize("hour", [0, 11, 12, 23])
-def test_a_clock_that_is_set_runs_on_from_there(ports: Ports, mode: int, hour: int) -> None:
-    clock = Clock(*AFTERNOON)
-    source = Rtc(Ports(), Clock(1999, 12, 31, hour, 59, 58))
-    source[0xB] = mode
-    rtc = Rtc(ports, clock)
-    rtc[0xB] = mode | 0x80
-    for register in (0, 2, 4, 7, 8, 9, 0x32):
-        rtc[register] = source[register]
-    clock.now += 100  # stopped meanwhile
-    assert rtc[0] == source[0]
-    rtc[0xB] = mode
-    assert rtc.time() == source.time()
-    rtc[0xB] = 0x06
-    clock.now += 3
-    assert rtc.time() == (
-        [20, 0, 1, 1, 0, 0, 1] if hour == 23 else [19, 99, 12, 31, hour + 1, 0, 1]
-    )
-
-
-def test_a_time_that_cannot_be_leaves_the_clock_as_it_was(ports: Ports) -> None:
-    rtc = Rtc(ports, Clock(*AFTERNOON))
-    before = rtc.time()
-    rtc[0xB] = 0x82
-    rtc[8] = 0x13
-    rtc[0xB] = 0x02
-    assert rtc.time() == before
-    rtc[8] = 0x05  # without stopping it: no effect
-    assert rtc.time() == before
-
-
-def test_the_clock_says_when_it_is_about_to_change(ports: Ports) -> None:
-    clock = Clock(*AFTERNOON)
-    rtc = Rtc(ports, clock)
-    assert rtc[0xA] == 0x26
-    clock.now += 0.9985
-    assert rtc[0xA] == 0xA6
-    clock.now += 0.0020
-    assert (rtc[0xA], rtc[0]) == (0x26, 0x08)
-    rtc[0xA] = 0xFF
-    assert rtc[0xA] == 0x7F
-
-
-def test_registers_that_are_fixed_and_memory_that_is_not(ports: Ports) -> None:
-    rtc = Rtc(ports, Clock(*AFTERNOON))
-    for register in (0xC, 0xD, 0x0F, 0x7F):
-        rtc[register] = 0x5A
-    assert [rtc[register] for register in (0xC, 0xD, 0x0F, 0x7F)] == [0, 0x80, 0x5A, 0x5A]
-    assert ports.inp(0x70) == 0xFF
-
-
-@pytest.mark.parametrize(
-    ("below", "above", "base", "extended", "from_16m", "from_4g"),
-    [
-        (512 << 20, 0, 640, 65535, 496 << 4, 0),
-        (8 << 20, 0, 640, 7 << 10, 0, 0),
-        (64 << 10, 0, 64, 0, 0, 0),
-        (3 << 30, 5 << 30, 640, 65535, ((3 << 30) - (16 << 20)) >> 16, 5 << 14),
-    ],
-)
-def test_memory_sizes_stand_where_a_bios_leaves_them(
-    ports: Ports, below: int, above: int, base: int, extended: int, from_16m: int, from_4g: int
-) -> None:
-    rtc = Rtc(ports, Clock(*AFTERNOON), memory_below_4g=below, memory_above_4g=above, cpus=4)
-
-    def number(at: int, size: int) -> int:
-        return sum(rtc[at + i] << 8 * i for i in range(size))
-
-    assert (number(0x15, 2), number(0x17, 2), number(0x30, 2)) == (base, extended, extended)
-    assert (number(0x34, 2), number(0x5B, 3), rtc[0x5F]) == (from_16m, from_4g, 3)
-
-
 # ---- nothing there -----------------------------------------------------------------------------
 
 
@@ -410,115 +272,6 @@ def test_post_codes_vanish_and_are_counted(ports: Ports) -> None:
     claim = PostCode().attach(ports.pio, 0x80)
     ports.out(0x80, 0x55)
     assert (ports.inp(0x80), claim.hits) == (0xFF, 2)
-
-
-# ---- QEMU's test devices -----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("size", "value"), [(1, 0x7F), (2, 0x1234), (4, 0xDEADBEEF)])
-def test_debug_exit_ends_the_run_with_the_written_value(
-    ports: Ports, size: int, value: int
-) -> None:
-    debug_exit.DebugExit().attach(ports.pio, 0xF4)
-    ports.out(0xF4, value, size)
-    assert ports.end is not None
-    assert (ports.end.reason, ports.end.code) == (DEBUG_EXIT, value)
-
-
-def test_debug_exit_reads_zero(ports: Ports) -> None:
-    debug_exit.DebugExit().attach(ports.pio, 0xF4)
-    assert (ports.inp(0xF4, 4), reason(ports)) == (0, reasons.HALTED)
-
-
-@pytest.mark.parametrize(
-    ("code", "status"), [(0, 1), (1, 3), (0x31, 0x63), (0x80, 1), (0x1FF, 255)]
-)
-def test_qemus_exit_status_is_odd(code: int, status: int) -> None:
-    assert debug_exit.qemu_status(code) == status
-
-
-@pytest.fixture
-def lines(ports: Ports) -> list[tuple[int, int]]:
-    seen: list[tuple[int, int]] = []
-    testdev.TestDevice(
-        lambda gsi, level: seen.append((gsi, level)), lambda gpa: seen.append((gpa, -1))
-    ).attach_all(ports.pio, ports.mmio)
-    return seen
-
-
-def test_the_test_devices_ports_read_back_what_was_written(
-    ports: Ports, lines: list[tuple[int, int]]
-) -> None:
-    ports.out(0xE0, 0x12345678, 4)
-    assert ports.inp(0xE0, 4) == ports.inp(0xE8, 4) == 0x12345678
-    ports.out(0xE1, 0xAA)
-    ports.out(0xE2, 0xBBCC, 2)
-    assert ports.inp(0xE0, 4) == 0xBBCCAA78
-    assert (ports.inp(0xE0), ports.inp(0xE2, 2), ports.inp(0xE9)) == (0x78, 0xBBCC, 0xAA)
-
-
-def test_the_test_device_drives_lines_and_flushes_pages(
-    ports: Ports, lines: list[tuple[int, int]]
-) -> None:
-    ports.out(0x2000, 1)
-    ports.out(0x2017, 0xFF)
-    ports.out(0x2000, 0)
-    ports.out(0xE4, 0x123456, 4)
-    assert lines == [(0, 1), (23, 1), (0, 0), (0x123000, -1)]
-    ports.inp(0xE4, 4)
-    assert len(lines) == 4
-
-
-def test_the_test_devices_memory_holds_every_width(
-    ports: Ports, lines: list[tuple[int, int]]
-) -> None:
-    ports.store(0xFF000000, 0x1122334455667788, 8)
-    ports.store(0xFF000003, 0xAA, 1)
-    assert ports.load(0xFF000000, 8) == 0x11223344AA667788
-    assert ports.load(0xFF000001, 2) == 0x6677
-    ports.store(0xFF00FFFE, 0x55667788, 4)  # the last two bytes, and two beyond
-    assert ports.load(0xFF00FFFE, 2) == 0x7788
-    assert ports.load(0xFF00FFFE, 4) == 0x7788
-
-
-def test_the_test_devices_state_is_its_memory() -> None:
-    one, two = testdev.TestDevice(), testdev.TestDevice()
-    ports, other = Ports(), Ports()
-    one.attach_all(ports.pio, ports.mmio)
-    two.attach_all(other.pio, other.mmio)
-    ports.out(0xE0, 0x01020304, 4)
-    ports.store(0xFF000100, 0xCAFE, 2)
-    two.restore(json.loads(json.dumps(one.state())))
-    assert (other.inp(0xE0, 4), other.load(0xFF000100, 2)) == (0x01020304, 0xCAFE)
-    one.close()
-    assert (len(ports.pio), len(ports.mmio)) == (0, 0)
-
-
-def test_fw_cfg_tells_processors_and_memory(ports: Ports) -> None:
-    FwCfg(cpus=4, memory=5 << 30, max_cpus=16, extra={0x19: b"\0\0\0\0"}).attach(ports.pio, 0x510)
-
-    def item(key: int, size: int) -> bytes:
-        ports.out(0x510, key, 2)
-        return bytes(ports.inp(0x511) for _ in range(size))
-
-    assert item(0x00, 6) == b"QEMU\0\0"
-    assert item(0x01, 4) == bytes([1, 0, 0, 0])
-    assert item(0x03, 8) == (5 << 30).to_bytes(8, "little")
-    assert (item(0x05, 2), item(0x0F, 2)) == (b"\4\0", b"\x10\0")
-    assert item(0x77, 3) == b"\0\0\0"
-    ports.out(0x510, 0x00, 2)
-    ports.out(0x511, 0x55)  # data is for reading
-    ports.out(0x510, 0x55)  # and the selector for 16 bits
-    assert ports.inp(0x511, 4) == int.from_bytes(b"QEMU", "little")
-
-
-def test_pvpanic_tells_panics_by_their_kind(ports: Ports) -> None:
-    seen: list[str] = []
-    Pvpanic(seen.append).attach(ports.pio, 0x505)
-    assert ports.inp(0x505) == 0x03
-    for value in (0x00, 0x01, 0x02, 0xFC):
-        ports.out(0x505, value)
-    assert seen == ["panicked", "crash-loaded"]
 
 
 # ---- interrupt lines ---------------------------------------------------------------------------
