@@ -168,6 +168,26 @@ static int call(struct pykvm_reset_call *each, int64_t *result)
     return *result == each->expected ? 0 : -EIO;
 }
 
+/*
+ * Out of the guest's own guest, if it may be in one: before its registers, for leaving changes them,
+ * and KVM takes RFLAGS of the run page before the SREGS that would make it leave.
+ */
+static int leave_nested(struct pykvm_reset_vcpu *each)
+{
+    const uint64_t svme = 1 << 12, vmxe = 1 << 13; /* EFER, CR4 */
+    struct kvm_run *run = each->vcpu->run;
+    struct kvm_sregs sregs;
+    if (!each->nested)
+        return 0;
+    if (each->vcpu->sync_regs && run->kvm_valid_regs & ~run->kvm_dirty_regs & KVM_SYNC_X86_SREGS)
+        sregs = run->s.regs.sregs;
+    else if (ioctl(each->vcpu->fd, KVM_GET_SREGS, &sregs) < 0)
+        return -errno;
+    if (!(sregs.efer & svme) && !(sregs.cr4 & vmxe))
+        return 0;
+    return ioctl(each->vcpu->fd, KVM_SET_NESTED_STATE, each->nested) < 0 ? -errno : 0;
+}
+
 static void put_registers(struct pykvm_reset_vcpu *each)
 {
     struct kvm_run *run = each->vcpu->run;
@@ -194,12 +214,19 @@ int pykvm_reset(struct pykvm_reset *reset)
     int error = pykvm_reset_memory(reset);
     reset->result = -1;
     if (error) {
-        reset->failed = reset->call_count;
+        reset->failed = PYKVM_RESET_FAILED_LOG;
         return error;
     }
     for (uint32_t i = 0; i < reset->plant_count; i++)
         if (*reset->plants[i] != reset->plant)
             *reset->plants[i] = (uint8_t)reset->plant;
+    for (uint32_t i = 0; i < reset->vcpu_count; i++) {
+        error = leave_nested(&reset->vcpus[i]);
+        if (error) {
+            reset->failed = PYKVM_RESET_FAILED_NESTED;
+            return error;
+        }
+    }
     for (uint32_t i = 0; i < reset->call_count; i++) {
         error = call(&reset->calls[i], &reset->result);
         if (error) {

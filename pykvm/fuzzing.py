@@ -179,7 +179,7 @@ class _Fuzzer:
             c.known, c.map_size = self._known, length
         c.timeout = 0 if timeout is None or timeout >= 1e9 else max(1, int(timeout * 1e9))
         c.exit_limit = UNLIMITED if max_exits is None else max_exits
-        c.calls = plan.timeless if exact else 0
+        c.calls = plan.timeless if exact or plan.nested else 0
 
     def _place(self, gpa: int, size: int) -> tuple[Any, Any, int]:
         """Host address, slot and offset of a stretch of memory."""

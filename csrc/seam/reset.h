@@ -46,6 +46,7 @@ struct pykvm_reset_vcpu {
     struct kvm_sync_regs *saved;
     uint64_t sync; /* KVM_SYNC_X86_*: what goes by the run page */
     uint64_t seen; /* of these the run page holds what the vCPU has: only what changed is put back */
+    struct kvm_nested_state *nested; /* without L2: for a vCPU that has SVM or VMX on by now; or NULL */
 };
 
 struct pykvm_reset {
@@ -57,7 +58,7 @@ struct pykvm_reset {
     uint32_t vcpu_count;
     int32_t vm_fd;
     uint32_t mode;
-    uint32_t failed;    /* index of the call that failed */
+    uint32_t failed;    /* index of the call that failed, or enum pykvm_reset_failed */
     int64_t result;     /* what it returned */
     uint8_t **plants;   /* places in memory that hold `plant` whatever the images say: stops */
     uint32_t plant_count;
@@ -71,10 +72,15 @@ struct pykvm_reset {
     uint64_t cleared;   /* times the log was cleared, ever */
 };
 
+enum pykvm_reset_failed {
+    PYKVM_RESET_FAILED_LOG = 0x7ffffffe,    /* KVM_GET_DIRTY_LOG */
+    PYKVM_RESET_FAILED_NESTED = 0x7fffffff, /* KVM_SET_NESTED_STATE */
+};
+
 enum { PYKVM_RESET_COMPARE = 8 }; /* every so many resets pages are compared instead of copied */
 
 /* Put everything back: 0; -EAGAIN: an access of a vCPU is open, and Python must see to it; -errno,
-   and `failed` says of which call (the one after the last: KVM's log; then the vCPUs). */
+   and `failed` says of which call. */
 int pykvm_reset(struct pykvm_reset *reset);
 /* The memory alone. */
 int pykvm_reset_memory(struct pykvm_reset *reset);

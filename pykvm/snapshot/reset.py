@@ -130,6 +130,12 @@ def _sees_clock(state: VcpuState) -> bool:
     return any(state.msrs.get(index) for index in _CLOCK_MSRS)
 
 
+_OTHERS = {
+    lib.PYKVM_RESET_FAILED_LOG: "KVM_GET_DIRTY_LOG",
+    lib.PYKVM_RESET_FAILED_NESTED: "KVM_SET_NESTED_STATE",
+}
+
+
 class Plan:
     """How one machine is put back to one snapshot.
 
@@ -145,6 +151,7 @@ class Plan:
         c: the ``struct pykvm_reset``.
         timeless: how many of its calls, the first, have nothing to do with the time; all of them
             where timers depend on it.
+        nested: whether a vCPU has SVM or VMX on, and so comes back by calls alone.
     """
 
     def __init__(
@@ -163,6 +170,7 @@ class Plan:
         self._image = image
         self._keep: list[Any] = []
         self._pagemaps: list[Any] = []
+        self.nested = False
         self._calls: list[tuple[Any, str, Any, int]] = []
         self._tsc: dict[int, tuple[int, int]] = {}
         self._msrs: dict[int, tuple[Vcpu, VcpuState]] = {}
@@ -216,8 +224,11 @@ class Plan:
         if irqchip or nested:  # before the local APIC, before nested state
             skip.discard("sregs")
             by_page &= ~lib.KVM_SYNC_X86_SREGS
-        if not nested and not (loop.entries and self._ever_nested(vcpu)):
+        self.nested |= nested
+        if not nested:
             skip.add("nested")
+            if "nested" in state.parts:  # for a guest that has SVM or VMX on when it goes back
+                c.nested = state.shared("nested")
         for name in vcpus.ORDER:
             if name == "tsc":
                 if irqchip:
@@ -230,12 +241,6 @@ class Plan:
         c.vcpu, c.saved = loop, saved
         c.sync, c.seen = by_page, by_page & ~lib.KVM_SYNC_X86_REGS
         self._keep.append(saved)
-
-    @staticmethod
-    def _ever_nested(vcpu: Vcpu) -> bool:
-        """Whether the guest may have a hypervisor of its own by now."""
-        sregs = vcpu.get_sregs()
-        return bool(sregs.efer >> 12 & 1 or sregs.cr4 >> 13 & 1)
 
     def _add_tsc(self, vcpu: Vcpu, state: VcpuState) -> None:
         if state.tsc is None:
@@ -315,7 +320,5 @@ class Plan:
         if self._tracking is not None:
             self._tracking.base = None
         failed = self.c.failed
-        if failed >= len(self._calls):
-            raise KvmError("KVM_GET_DIRTY_LOG", -error)
-        name = self._calls[failed][1]
+        name = _OTHERS.get(failed) or self._calls[failed][1]
         raise KvmError(name, -error, hint(name, -error) or os.strerror(-error))
