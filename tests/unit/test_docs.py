@@ -61,6 +61,20 @@ def test_every_module_is_in_the_picture_of_the_storeys() -> None:
     assert {name for name in names - small if not re.search(rf"\b{name}\b", picture)} == set()
 
 
+def test_every_file_that_a_document_names_exists() -> None:
+    root = DOCS.parent
+    parts = ("pykvm", "csrc", "tests", "benches", "guests", "docs")
+    there = [f"/{path.relative_to(root)}" for part in parts for path in (root / part).rglob("*.*")]
+    examples = {"talk.py", "boot.svg", "linux/kvm.h", "asm/kvm.h"}
+    for page in (*DOCS.glob("*.md"), root / "README.md"):
+        named = set(re.findall(r"(?<![\w/.])[\w/]+\.(?:py|[chS]|md|svg)\b", page.read_text()))
+        assert {
+            name
+            for name in named - examples
+            if not any(path.endswith(f"/{name}") for path in there) and not (root / name).exists()
+        } == set(), page
+
+
 def test_every_reason_has_an_exit_code() -> None:
     codes = [exitcodes.exit_code(reasons.RunResult(reason, code=1)) for reason in reasons.REASONS]
     assert all(0 <= code <= 255 for code in codes)
