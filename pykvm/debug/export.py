@@ -26,6 +26,9 @@ VERSION = 1
 FORMATS = ("jsonl", "chrome")
 _DEFAULTS = {"address": None, "size": 0, "count": 1, "is_write": False, "data": None, "rip": None,
              "inside": 0.0, "spent": None, "number": 0}  # fmt: skip
+_NO_EVENT = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
+_LONGEST = 1e12
+"""Seconds of a time that is one."""
 _INTS = ("cpu", "address", "size", "count", "data", "rip", "number")
 
 
@@ -53,16 +56,16 @@ def load(path: Any) -> Recording:
         ValueError: it is none; says which line or which entry.
         OSError: it cannot be read.
     """
-    with open(path, encoding="utf-8") as file:
-        text = file.read()
     name = os.fspath(path)
-    first, _, rest = text.partition("\n")
     try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        first, _, rest = text.partition("\n")
         head = json.loads(first)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{name} is no trace: {error}") from None
-    if isinstance(head, dict) and "traceEvents" in head:
-        return from_chrome(head if not rest.strip() else json.loads(text), name)
+    if isinstance(head, dict) and "traceEvents" in head and not rest.strip():
+        return from_chrome(head, name)
     if not isinstance(head, dict) or "pykvm_trace" not in head:
         raise ValueError(f"{name} is no trace: its first line has no pykvm_trace")
     if head["pykvm_trace"] != VERSION:
@@ -71,9 +74,20 @@ def load(path: Any) -> Recording:
     for number, line in enumerate(rest.splitlines(), 2):
         try:
             events.append(_event(json.loads(line)))
-        except (ValueError, TypeError, KeyError) as error:
+        except _NO_EVENT as error:
             raise ValueError(f"{name}, line {number} is no event: {error}") from None
-    return Recording(events, head.get("lost", 0), head.get("stats"))
+    return _recording(events, head, name)
+
+
+def _recording(events: list[Event], head: dict[str, Any], name: str) -> Recording:
+    lost, stats = head.get("lost", 0), head.get("stats") or {}
+    good = isinstance(stats, dict) and all(
+        isinstance(values, dict) and all(isinstance(value, int) for value in values.values())
+        for values in stats.values()
+    )
+    if not isinstance(lost, int) or not good:
+        raise ValueError(f"{name} is no trace: its lost or its stats make no sense")
+    return Recording(events, lost, stats)
 
 
 class traced:
@@ -134,9 +148,9 @@ def _event(fields: Any) -> Event:
         value = getattr(event, name)
         if value is not None and (not isinstance(value, int) or value < 0):
             raise ValueError(f"{name} is {value!r}")
-    for name in ("inside", "spent"):
+    for name in ("time", "inside", "spent"):
         value = getattr(event, name)
-        if value is not None and not isinstance(value, int | float):
+        if value is not None and not (isinstance(value, int | float) and abs(value) < _LONGEST):
             raise ValueError(f"{name} is {value!r}")
     return event
 
@@ -176,14 +190,16 @@ def from_chrome(trace: Any, name: str = "trace") -> Recording:
     Raises:
         ValueError: it did not.
     """
-    other = trace.get("otherData") or {}
-    if other.get("pykvm_trace") != VERSION:
+    other, entries = trace.get("otherData"), trace.get("traceEvents")
+    if not isinstance(other, dict) or other.get("pykvm_trace") != VERSION:
         raise ValueError(f"{name} was not written by pykvm: its otherData does not say so")
+    if not isinstance(entries, list):
+        raise ValueError(f"{name} is no trace: its traceEvents are no list")
     events = []
-    for number, entry in enumerate(trace["traceEvents"]):
-        if entry.get("ph") == "X" and entry.get("cat") != "guest":
-            try:
+    for number, entry in enumerate(entries):
+        try:
+            if entry.get("ph") == "X" and entry.get("cat") != "guest":
                 events.append(_event(entry["args"]))
-            except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{name}, entry {number} is no event: {error}") from None
-    return Recording(events, other.get("lost", 0), other.get("stats"))
+        except _NO_EVENT as error:
+            raise ValueError(f"{name}, entry {number} is no event: {error}") from None
+    return _recording(events, other, name)

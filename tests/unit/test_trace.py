@@ -273,14 +273,24 @@ def test_saved_traces_are_read_back(tmp_path: Path, name: str) -> None:
         ('{"pykvm_trace": 1}\n{"cpu": 0}', "line 2 is no event"),
         ('{"pykvm_trace": 1}\n{"time": 0, "cpu": -1, "reason": "io"}', "line 2.*cpu is -1"),
         ('{"pykvm_trace": 1}\n{"time": 0, "cpu": 0, "reason": "io", "size": "1"}', "size is '1'"),
+        ('{"pykvm_trace": 1}\n{"time": NaN, "cpu": 0, "reason": "io"}', "time is nan"),
+        ('{"pykvm_trace": 1}\n{"time": 1, "cpu": 0, "reason": "io", "spent": 1e300}', "spent is"),
+        ('{"pykvm_trace": 1}\n[1]', "line 2 is no event"),
+        ('{"pykvm_trace": 1, "stats": {"vm": {"exits": "many"}}}', "is no trace: its lost or its"),
+        ('{"pykvm_trace": 1, "lost": []}', "is no trace: its lost or its"),
+        ("[" * 100_000, "is no trace"),
+        ("\udcff", "is no trace: 'utf-8'"),
         ('{"traceEvents": []}', "not written by pykvm"),
+        ('{"traceEvents": [], "otherData": 1}', "not written by pykvm"),
+        ('{"traceEvents": 5, "otherData": {"pykvm_trace": 1}}', "no list"),
+        ('{"traceEvents": [5], "otherData": {"pykvm_trace": 1}}', "entry 0 is no event"),
     ],
 )
 def test_what_is_no_trace_is_refused_with_the_reason(
     tmp_path: Path, text: str, complaint: str
 ) -> None:
     path = tmp_path / "bad"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=complaint):
         export.load(path)
     done = CliRunner().invoke(cli, ["trace", "summary", str(path)])
