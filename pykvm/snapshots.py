@@ -60,6 +60,7 @@ class Snapshot(Closing):
         claims: the ranges that C serves and that a machine can be given again.
         served: ranges, MSRs and exits that code served, which it cannot.
         cpus: of each vCPU, whether it was entered and why it cannot go on.
+        halted: indices of those that have halted, and wait for the others to.
         is_pc: whether it was booted, and so has the devices of a PC.
         image: its memory.
         identity: where in it the guest's VM generation ID is, or None.
@@ -89,6 +90,7 @@ class Snapshot(Closing):
         self.devices = devices
         self.claims = claims
         self.cpus = cpus
+        self.halted: list[int] = []
         self.image = image
         self.is_pc = is_pc
         self.id = id or os.urandom(16).hex()
@@ -153,6 +155,9 @@ class Snapshot(Closing):
         """After KVM's part: devices, and what Python remembers."""
         for cpu, (entered, ended) in zip(machine.cpus, self.cpus, strict=True):
             cpu.put_back(entered, ended)
+        for index in self.halted:
+            machine.cpus[index].flush()  # registers that are new would be another life
+            machine._runners[index].halt()
         devices_of.restore(devices, self.devices, self.served)
         if resume:
             devices_of.resume(devices)
@@ -258,6 +263,7 @@ class Snapshot(Closing):
             "options": {**self.options, "cpuid": self.cpuid},
             "tsc_khz": self.tsc_khz,
             "cpus": self.cpus,
+            "halted": self.halted,
             "is_pc": self.is_pc,
             "identity": self.identity,
             "vcpus": [file.vcpu_to_json(state) for state in self.vcpus],
@@ -299,6 +305,8 @@ class Snapshot(Closing):
                 is_pc=bool(header["is_pc"]),
                 id=str(header["id"]),
             )
+            halted = header.get("halted", ())
+            made.halted = [index for index in range(len(made.cpus)) if index in halted]
             made.cpuid, made.tsc_khz = cpuid, int(header["tsc_khz"])
             # Older files have neither.
             made.served = served_by.of_json(header.get("served", ()))
@@ -346,7 +354,8 @@ def take(machine: Machine) -> Snapshot:
     _check(machine)
     with quiet(machine):
         for runner, cpu in zip(machine._runners, machine.cpus, strict=True):
-            runner.complete()
+            if not runner.halted:  # nothing is open then, and it is to be told again
+                runner.complete()
             cpu.flush()
         irqchip = machine.irqchip is not None
         kernel = irqchip and machine.options["irqchip"] == "kernel"
@@ -366,6 +375,7 @@ def take(machine: Machine) -> Snapshot:
             _memory(machine),
             is_pc=machine.pc is not None,
         )
+    snapshot.halted = [n for n, runner in enumerate(machine._runners) if runner.halted]
     snapshot._machine = machine
     snapshot.served = served_by.capture((machine.pio, machine.mmio), _hooks(machine))
     snapshot.cpuid = cpuid_of.as_text(machine.cpu)

@@ -146,6 +146,12 @@ class Runner:
             c.access.pending == lib.PYKVM_UNSERVED and c.run.exit_reason == lib.KVM_EXIT_HLT
         )
 
+    def halt(self) -> None:
+        """Have the next run begin with a HLT that it executed: see :attr:`halted`."""
+        c = self.c
+        c.run.exit_reason, c.error = lib.KVM_EXIT_HLT, 0
+        c.access.pending = lib.PYKVM_UNSERVED
+
     def run(self, deadline: int, max_exits: int | None, lock: Any = None) -> End:
         """Run until something ends it. What handlers raise comes through.
 
