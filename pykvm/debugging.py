@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykvm.errors import ClosedError
 from pykvm.runs import Runs
 
 TYPE_CHECKING = False
@@ -341,6 +342,8 @@ class Debugging(Runs):
         """
         from pykvm.debug.gdb import GdbServer
 
+        if self._closed:
+            raise ClosedError("this machine is closed")
         return GdbServer(self, address, anywhere)
 
     # ---- symbols ---------------------------------------------------------------------------------

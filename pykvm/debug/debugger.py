@@ -53,6 +53,7 @@ class Debugger(Stepping):
     ) -> Breakpoint:
         """See ``Machine.breakpoint``; ``cpu``: whose mode and page tables count."""
         cpu = cpu or self.cpus[0]
+        _check_address(address)
         if gpa is None:
             gpa = self.gpa(cpu, address)
         way = self._way_to_break(cpu, address, gpa, how)
@@ -104,6 +105,7 @@ class Debugger(Stepping):
         cpu = cpu or self.cpus[0]
         if access not in ("w", "rw"):
             raise ValueError(f'access is "w" or "rw", not {access!r}: a processor has no other')
+        _check_address(address)
         if length < 1:
             raise ValueError(f"length {length}: at least a byte")
         if how not in ("auto", probe.WATCH, probe.STEP):
@@ -254,3 +256,8 @@ class Debugger(Stepping):
             return False
         cpu._forget_history()
         return self._strike_at(cpu, gpa, address)
+
+
+def _check_address(address: int) -> None:
+    if not 0 <= address < 1 << 64:
+        raise ValueError(f"{address:#x} is no linear address")

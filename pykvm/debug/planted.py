@@ -101,7 +101,8 @@ class Planted:
                 self._mark(gpa, -1)
             else:  # another vCPU may have come to it in this moment: C is to tell of that
                 self._gone.add(gpa)
-            if self._memory[gpa] == IN_AL_DX:  # else the guest has written its code anew
+            # Else the guest has written its code anew, or is no more.
+            if not self._memory.closed and self._memory[gpa] == IN_AL_DX:
                 self._poke(gpa, original)
 
     def clear(self) -> None:

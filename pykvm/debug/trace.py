@@ -8,6 +8,7 @@ import time
 from pykvm._abi import ffi, lib
 from pykvm.debug.events import NAMES, Event, Filter, Recording
 from pykvm.debug.span import Span
+from pykvm.errors import ClosedError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -174,7 +175,10 @@ class Trace(Span, Recording):
         self._on = False
         self._switch(False)
         if self._read_stats is not None:
-            self._after = self._read_stats()
+            try:
+                self._after = self._read_stats()
+            except ClosedError:  # the machine went first, and its statistics with it
+                self._after = {}
 
     def _switch(self, on: bool) -> None:
         for c, ring in zip(self._vcpus, self._rings, strict=True):

@@ -25,6 +25,7 @@ class Replacing:
     """
 
     def __init__(self, path: str, mode: int) -> None:
+        self._given = path
         self._path = os.path.realpath(path)
         self._mode = mode
         if os.path.exists(self._path) and not os.path.isfile(self._path):
@@ -33,7 +34,10 @@ class Replacing:
 
     def __enter__(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self._fd = os.open(self._scratch, flags, self._mode)
+        try:
+            self._fd = os.open(self._scratch, flags, self._mode)
+        except OSError as error:  # of the scratch file nobody knows
+            raise OSError(error.errno, error.strerror, self._given) from None
         return self._fd
 
     def __exit__(

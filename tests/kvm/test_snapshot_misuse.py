@@ -133,6 +133,16 @@ def test_on_a_full_disk_the_file_that_was_there_stays(
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == b"as it was"
 
 
+def test_what_cannot_be_written_is_told_by_the_name_that_was_given(
+    m: pykvm.Machine, tmp_path: Path
+) -> None:
+    with m.snapshot() as s:
+        for path in (tmp_path / "nowhere" / "file", Path("/dev/null")):
+            with pytest.raises(OSError, match=r"file'$|/dev/null'$"):
+                s.save(path)
+    assert Path("/dev/null").is_char_device() and not os.listdir(tmp_path)
+
+
 # ---- pools ---------------------------------------------------------------------------------------
 
 
