@@ -106,7 +106,7 @@ class SnapshotMethods:
         return Replay(self, log)  # type: ignore[arg-type]
 
     def dump(self, path: str | os.PathLike[str]) -> None:
-        """Write memory and registers as an ELF core file, for gdb, crash and drgn.
+        """Write memory and registers as an ELF core file, for gdb and drgn.
 
         See :mod:`pykvm.snapshot.vmcore`. :func:`pykvm.vmcore.machine` is the way back.
         """

@@ -1,9 +1,10 @@
-"""Memory and registers as an ELF core file, for gdb, crash and drgn; and the way back.
+"""Memory and registers as an ELF core file, for gdb and drgn; and the way back.
 
 A segment (PT_LOAD) for each region, with its guest-physical address as ``p_paddr``; ``p_vaddr`` is
-the same, which is right for tiny guests, and crash and drgn do not look at it. Notes: NT_PRSTATUS
-("CORE") for each vCPU, from which gdb has general registers, and QEMU's ("QEMU", type 0), from
-which crash has control registers; it is also what the way back needs. Pages of zeros are holes.
+the same, which is right for tiny guests; tools for kernels do not look at it. Notes: NT_PRSTATUS
+("CORE") for each vCPU, from which gdb has general registers; QEMU's ("QEMU", type 0), which has
+control registers as well, and is what the way back needs; of a Linux kernel its VMCOREINFO, without
+which drgn refuses the file. Pages of zeros are holes.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def dump(image: Image, vcpus: list[VcpuState], path: str) -> None:
         + _note(b"QEMU", _NT_QEMU, _qemu(state))
         for number, state in enumerate(vcpus)
     )
+    notes += _of_linux(image)
     headers = len(image.parts) + 1
     at = _EHDR.size + headers * _PHDR.size
     start = -(-(at + len(notes)) // PAGE_SIZE) * PAGE_SIZE
@@ -81,6 +83,31 @@ def dump(image: Image, vcpus: list[VcpuState], path: str) -> None:
                     size = min(256, first + count - page) * PAGE_SIZE
                     data = image.read(part.gpa + page * PAGE_SIZE, size)
                     atomic.write_all(fd, data, place + page * PAGE_SIZE)
+
+
+def _of_linux(image: Image) -> bytes:
+    """The note VMCOREINFO that a Linux kernel keeps at the beginning of a page; b"" without one.
+
+    Whoever opens the core file has from it where the kernel is and how its structures are laid out
+    (admin-guide/kdump/vmcoreinfo.rst). It is the guest's word, and bounded here.
+    """
+    name = b"VMCOREINFO\0"
+    for part in image.parts:
+        for first, count in part.runs():
+            for page in range(first, first + count, 256):
+                size = min(256, first + count - page) * PAGE_SIZE
+                data = image.read(part.gpa + page * PAGE_SIZE, size)
+                at = data.find(name)
+                while at >= 0:
+                    start = page * PAGE_SIZE + at - 12
+                    length, kind = struct.unpack_from("<II", data, at - 8) if at >= 12 else (0, 1)
+                    fits = 0 < length <= PAGE_SIZE and start + 24 + length <= part.size
+                    if at % PAGE_SIZE == 12 and not kind and fits:
+                        found = image.read(part.gpa + start + 24, length)
+                        if found.startswith(b"OSRELEASE="):
+                            return _note(b"VMCOREINFO", 0, found)
+                    at = data.find(name, at + 1)
+    return b""
 
 
 def _note(name: bytes, kind: int, value: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,68 @@ def test_gdb_opens_a_core_file(tmp_path: Path) -> None:
     )
     assert "0x8000" in done.stdout and "0x1234" in done.stdout, done.stdout + done.stderr
     assert "0x0000000000000029" in done.stdout and "inc" in done.stdout
+
+
+VMCOREINFO = b"""OSRELEASE=6.1.0-tiny
+PAGESIZE=4096
+SYMBOL(init_uts_ns)=ffffffff80100000
+OFFSET(uts_namespace.name)=0
+SYMBOL(swapper_pg_dir)=ffffffff80001000
+SYMBOL(_stext)=ffffffff80008000
+SYMBOL(mem_section)=ffffffff80100000
+LENGTH(mem_section)=2048
+SIZE(mem_section)=16
+OFFSET(mem_section.section_mem_map)=0
+NUMBER(SECTION_SIZE_BITS)=27
+NUMBER(MAX_PHYSMEM_BITS)=46
+NUMBER(phys_base)=0
+NUMBER(pgtable_l5_enabled)=0
+KERNELOFFSET=0
+NUMBER(KERNEL_IMAGE_SIZE)=1073741824
+"""
+"""What a Linux whose page tables are the tiny guest's would say of itself."""
+
+
+def linux_note(info: bytes, kind: int = 0) -> bytes:
+    """As the kernel has it in memory (append_elf_note() in kernel/crash_core.c)."""
+    return struct.pack("<III", 11, len(info), kind) + b"VMCOREINFO\0\0" + info
+
+
+def vmcoreinfo_of(path: Path) -> list[bytes]:
+    elffile = pytest.importorskip("elftools.elf.elffile")
+    with open(path, "rb") as file:
+        notes = next(elffile.ELFFile(file).iter_segments()).iter_notes()
+        return [bytes(each["n_descdata"]) for each in notes if each["n_name"] == "VMCOREINFO"]
+
+
+def test_what_a_linux_kernel_says_of_itself_is_in_the_core_file(tmp_path: Path) -> None:
+    with machine() as m:
+        m.load(b"VMCOREINFO\0" * 100, at=0x200000)  # it is not at 12 bytes from a page's beginning
+        m.load(linux_note(VMCOREINFO, kind=1), at=0x210000)
+        m.load(linux_note(b"something else"), at=0x220000)
+        m.load(linux_note(VMCOREINFO)[:4] + b"\xff" * 4 + b"\0" * 4 + b"VMCOREINFO\0", at=0x230000)
+        m.load((linux_note(VMCOREINFO))[:23], at=m.memory.size - 4096)
+        m.dump(tmp_path / "core")
+        assert vmcoreinfo_of(tmp_path / "core") == []
+        m.load(linux_note(VMCOREINFO), at=0x240000)
+        m.load(linux_note(VMCOREINFO + b"another"), at=0x250000)
+        m.dump(tmp_path / "core")
+        assert vmcoreinfo_of(tmp_path / "core") == [VMCOREINFO]
+    vmcore.machine(tmp_path / "core").close()
+
+
+def test_drgn_opens_a_core_file_of_linux(tmp_path: Path) -> None:
+    drgn = pytest.importorskip("drgn")
+    with machine() as m:
+        m.dump(tmp_path / "core")
+        with pytest.raises(ValueError, match="QEMU"):  # which of others it does not
+            drgn.Program().set_core_dump(tmp_path / "core")
+        m.load(linux_note(VMCOREINFO), at=0x240000)
+        m.dump(tmp_path / "core")
+        program = drgn.Program()
+        program.set_core_dump(tmp_path / "core")
+        assert program.read(DATA, 8, True) == (41).to_bytes(8, "little")
+        assert program.read(DATA, 8) == (41).to_bytes(8, "little")  # by the guest's page tables
 
 
 def test_the_way_in_from_a_core_file(tmp_path: Path) -> None:
