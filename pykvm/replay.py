@@ -252,12 +252,7 @@ class Replay(_Attached):
         self._attach()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self._machine.running:
             raise BusyError("a vCPU of this machine is running: stop() it first")
         self._detach()

@@ -10,7 +10,6 @@ import sys
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
 
 
 def standard_output() -> int:
@@ -53,12 +52,7 @@ class ConsoleOutput:
     def __enter__(self) -> ConsoleOutput:
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         os.close(self._wake)
 
     def __call__(self, data: bytes) -> None:

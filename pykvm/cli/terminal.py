@@ -15,7 +15,6 @@ import tty
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-    from types import TracebackType
     from typing import Any
 
 ESCAPE = 0x01
@@ -88,12 +87,7 @@ class Terminal:
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         try:
             if self._thread is not None:
                 os.eventfd_write(self._wake, 1)

@@ -6,7 +6,6 @@ import os
 import shutil
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from pykvm.devices.disk.foreign import looks_like
 from pykvm.devices.disk.raw import RawDisk, open_raw
 from pykvm.devices.disk.spec import DiskSpec
 from pykvm.errors import DiskError
-from tests.support.disk_io import SIZE, content, read, write
+from tests.support.disk_io import SIZE, another_process, content, read, write
 from tests.support.waiting import until
 
 # ---- other formats -----------------------------------------------------------------------------
@@ -90,21 +89,13 @@ def test_the_daemon_ends_when_its_user_is_killed(tmp_path: Path) -> None:
     needs_fuse()
     path = tmp_path / "a.qcow2"
     path.write_bytes(empty_qcow2(1 << 20))
-    script = (
-        "import sys; from pykvm.devices.disk.spec import DiskSpec;"
+    writes = (
+        "from pykvm.devices.disk.spec import DiskSpec;"
         "disk = DiskSpec(sys.argv[1], format='qcow2').open();"
-        "disk.write([memoryview(b'k' * 4096)], 0); print('up', flush=True); sys.stdin.read()"
+        "disk.write([memoryview(b'k' * 4096)], 0)"
     )
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert child.stdin is not None and child.stdout is not None
-    with child:
-        assert child.stdout.readline() == b"up\n"
-        child.kill()
+    with another_process(writes, path):
+        pass
 
     def free() -> bool:
         try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from pykvm.devices.disk.overlay import OverlayDisk
 from pykvm.devices.disk.raw import open_raw
 from pykvm.devices.disk.spec import DiskSpec
 from pykvm.errors import DiskError
-from tests.support.disk_io import content, read, write
+from tests.support.disk_io import another_process, content, read, write
 from tests.support.waiting import until
 
 # ---- locks -------------------------------------------------------------------------------------
@@ -39,22 +37,12 @@ def test_readers_share_and_keep_writers_out(image: Path) -> None:
 
 
 def test_another_process_is_named(image: Path) -> None:
-    script = (
-        "import sys; from pykvm.devices.disk.raw import open_raw; disk = open_raw(sys.argv[1]);"
-        "print('up', flush=True); sys.stdin.read()"
-    )
-    child = subprocess.Popen(
-        [sys.executable, "-c", script, str(image)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert child.stdin is not None and child.stdout is not None
-    with child:
-        assert child.stdout.readline() == b"up\n"
-        with pytest.raises(DiskError, match=f"process {child.pid} \\("):
-            open_raw(image)
-        child.kill()
+    opens = "from pykvm.devices.disk.raw import open_raw; disk = open_raw(sys.argv[1])"
+    with (
+        another_process(opens, image) as child,
+        pytest.raises(DiskError, match=f"process {child.pid} \\("),
+    ):
+        open_raw(image)
     open_raw(image).close()
 
 

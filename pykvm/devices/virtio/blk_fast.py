@@ -13,7 +13,6 @@ from pykvm.errors import GuestError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Self
 
     from pykvm.devices.disk.base import Disk
@@ -65,12 +64,7 @@ class FastPath:
         self._disk.take_back(bool(c.dirty), c.flush_error)
         return self
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._lend()
         lib.pykvm_blk_unlock(self.c)
 
