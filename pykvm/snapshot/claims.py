@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from pykvm.devices.bus import Bus
     from pykvm.devices.claim import Claim
 
-_ONES = (1 << 64) - 1
-
 
 def capture(buses: Iterable[Bus]) -> list[dict[str, Any]]:
     """Claims that :func:`give` can make again: those without Python and without a descriptor."""
