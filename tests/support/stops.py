@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import pykvm
+from pykvm.debug import probe
 
 ENTRY = 0x8000
 CELL = 0x9000
@@ -36,3 +39,24 @@ def machine(
     m.pio.stop(0xF4)
     m.pio.constant(0x60, 1)
     return m
+
+
+def make(made: list[pykvm.Machine], *args: object, **options: object) -> pykvm.Machine:
+    """One of :func:`machine`'s that is closed when the test ends."""
+    m = machine(*args, **options)  # type: ignore[arg-type]
+    made.append(m)
+    return m
+
+
+def need(m: pykvm.Machine, way: str) -> None:
+    """Skip where this KVM cannot stop a guest of this mode so."""
+    problem = m.debugger.obstacle(way, m.cpu)
+    if problem:
+        pytest.skip(f"probe.obstacle({way!r}, {probe.mode_of(m.cpu.load_sregs())!r}): {problem}")
+
+
+def need_steps(m: pykvm.Machine) -> None:
+    """Skip where it can neither be stepped nor its instructions be followed."""
+    problem = m.debugger.obstacle(probe.STEP, m.cpu)
+    if problem and m.debugger.cannot_decode(m.cpu):
+        pytest.skip(f"probe.obstacle('step'): {problem}; {m.debugger.cannot_decode(m.cpu)}")
