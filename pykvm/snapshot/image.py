@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     Patch = tuple[int, int, Any, int]
 
+_PIECE = 4096
+"""Bits of a bitmap that are looked at together."""
 _SEALS = ("F_SEAL_SHRINK", "F_SEAL_GROW", "F_SEAL_FUTURE_WRITE", "F_SEAL_SEAL")
 
 
@@ -67,17 +69,30 @@ class Part:
 
 
 def runs(bitmap: bytes, pages: int) -> Iterator[tuple[int, int]]:
-    """Runs of set bits: (first, how many)."""
-    bits = int.from_bytes(bitmap, "little") & (1 << pages) - 1
-    at = 0
-    while bits:
-        skip = (bits & -bits).bit_length() - 1
-        bits >>= skip
-        at += skip
-        length = (bits + 1 & -(bits + 1)).bit_length() - 1
-        yield at, length
-        bits >>= length
-        at += length
+    """Runs of set bits: (first, how many).
+
+    Piece by piece, for the time must not grow with the square of a memory that a guest has made
+    holes in.
+    """
+    first = count = 0  # the run that may go on in the next piece
+    for at in range(0, pages, _PIECE):
+        bits = int.from_bytes(bitmap[at // 8 : (at + _PIECE) // 8], "little")
+        bits &= (1 << min(_PIECE, pages - at)) - 1
+        while bits:
+            skip = (bits & -bits).bit_length() - 1
+            bits >>= skip
+            at += skip
+            length = (bits + 1 & -(bits + 1)).bit_length() - 1
+            if first + count == at and count:
+                count += length
+            else:
+                if count:
+                    yield first, count
+                first, count = at, length
+            bits >>= length
+            at += length
+    if count:
+        yield first, count
 
 
 class Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -125,13 +126,25 @@ def test_images_hold_what_memory_was_and_tell_what_differs(
     two.close()
 
 
-@given(st.binary(max_size=40))
-def test_runs_are_the_set_bits(bitmap: bytes) -> None:
-    pages = len(bitmap) * 8
+@given(
+    st.sampled_from([b"", b"\0" * 500, b"\xff" * 500, b"\x81" * 520, b"\xff" * 1024]),
+    st.binary(max_size=40),
+    st.integers(0, 7),
+)
+def test_runs_are_the_set_bits(before: bytes, after: bytes, spare: int) -> None:
+    bitmap = before + after  # across the pieces in which they are looked at
+    pages = max(0, len(bitmap) * 8 - spare)
     bits = {n for n in range(pages) if bitmap[n // 8] >> n % 8 & 1}
     runs = list(images.runs(bitmap, pages))
     assert {first + n for first, length in runs for n in range(length)} == bits
     assert all(a[0] + a[1] < b[0] for a, b in pairwise(runs))
+
+
+def test_the_time_for_runs_grows_as_memory_does() -> None:
+    """4 GiB of which every other page is zeros took two minutes, and a guest can make it so."""
+    began = time.process_time()
+    assert sum(1 for _ in images.runs(b"\x55" * (1 << 17), 1 << 20)) == 1 << 19
+    assert time.process_time() - began < 20
 
 
 def test_what_devices_write_is_noted() -> None:
