@@ -33,6 +33,7 @@ class Debugger(Stepping):
 
     def __init__(self, machine: Debugging, make: Callable[[], Any]) -> None:
         super().__init__(machine, make)
+        self._excused: set[tuple[int, int]] = set()
         self._stood: dict[int, int] = {}  # where a stop was told of, by vCPU
         self._steps: tuple[Cpu, Look] | None = None
         for cpu in self.cpus:
@@ -151,6 +152,7 @@ class Debugger(Stepping):
     def run(self, cpus: list[Cpu], deadline: int, max_exits: int | None, go: Go) -> tuple[Cpu, Any]:
         """Run the vCPUs until something ends that; ``go`` is how a machine runs undebugged."""
         self.planted.settle()
+        self._excused.clear()
         for cpu in cpus:
             cpu._runner.forget_reservation()  # of start(): it is ours now, between runs too
         if self._steps is not None:
@@ -194,6 +196,7 @@ class Debugger(Stepping):
     def restored(self) -> None:
         """Memory and vCPUs were put back from a snapshot, in which nothing is planted."""
         self._stood.clear()
+        self.planted.settle()
         self.planted.put_back()
 
     # ---- called while a run is on, in the vCPU's thread ------------------------------------------
@@ -248,11 +251,18 @@ class Debugger(Stepping):
         cpu._runner.c.exit_limit = cpu._runner.c.exits + 1  # a step is no exit to be served
         return self._stepped(cpu, look)
 
+    def _is_excused(self, cpu: Cpu, gpa: int) -> bool:
+        """Whether it fell over a stop that another one took away; once, for it may be its own."""
+        if len(self.cpus) == 1 or (cpu.index, gpa) in self._excused:
+            return False
+        self._excused.add((cpu.index, gpa))
+        return self.planted.was_at(gpa)
+
     def _shutdown(self, cpu: Cpu) -> Any:
         """Whether a guest without an IDT fell over a planted stop: IN is not permitted to it."""
         address = self.address(cpu)
         gpa = self.gpa(cpu, address)
-        if gpa is None or not (self.planted.stops_at(gpa) or self.planted.was_at(gpa)):
+        if gpa is None or not (self.planted.stops_at(gpa) or self._is_excused(cpu, gpa)):
             return False
         cpu._forget_history()
         return self._strike_at(cpu, gpa, address)

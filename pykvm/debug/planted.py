@@ -62,7 +62,7 @@ class Planted:
         return gpa in self._originals and gpa not in self._lifted
 
     def was_at(self, gpa: int) -> bool:
-        """Whether an IN at ``gpa`` is one that another vCPU's stop has taken away meanwhile."""
+        """Whether an IN at ``gpa`` is one that was taken away as a vCPU came to it."""
         if gpa not in self._gone:
             return False
         code = self._memory.read(gpa, min(16, _PAGE - gpa % _PAGE))
@@ -97,9 +97,9 @@ class Planted:
         elif users:
             del self._users[gpa]
             original = self._originals.pop(gpa)
-            if len(self._vcpus) < 2 or gpa in self._gone:
+            if gpa in self._gone:
                 self._mark(gpa, -1)
-            else:  # another vCPU may have come to it in this moment: C is to tell of that
+            else:  # a vCPU may have come to it in this moment: C is to tell of that
                 self._gone.add(gpa)
             # Else the guest has written its code anew, or is no more.
             if not self._memory.closed and self._memory[gpa] == IN_AL_DX:

@@ -172,6 +172,7 @@ class Stepping:
         """
         from pykvm.debug.disassembly import successors
 
+        self.planted.settle()
         here = self.address(cpu)
         gpas = {self.gpa(cpu, next) for next in successors(cpu, self._machine.memory, self.planted)}
         at = self.gpa(cpu, here)

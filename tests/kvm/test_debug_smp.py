@@ -38,3 +38,17 @@ def test_two_vcpus_that_reach_a_block_at_once_both_execute_it() -> None:
             at = COUNTS + 0x1000 * cpu.index
             found = m.memory.u64[at], m.memory.u64[at + 8], m.memory.u64[at + 16]
             assert found == (BLOCKS, BLOCKS, 0x11 + cpu.index)
+
+
+def test_a_fault_of_the_guest_s_own_where_a_stop_was_is_told() -> None:
+    with pykvm.Machine("2M", cpus=2) as m:
+        code = "start: lock inc dword ptr [0x20000]; w: cmp dword ptr [0x20000], 2; jb w; bad: ud2"
+        m.load(pykvm.asm(code, mode="long64", at=0x8000))
+        for cpu in m.cpus:
+            cpu.enter("long64", entry=0x8000)
+        problem = m.debugger.obstacle(probe.PORT, m.cpu)
+        if problem:
+            pytest.skip(f"probe.obstacle('port', 'long64'): {problem}")
+        with m.coverage([m.resolve("bad")]) as covered:
+            assert m.run(timeout=60).reason == reasons.SHUTDOWN
+        assert list(covered.hit) == [m.resolve("bad")]

@@ -32,7 +32,7 @@ def memory() -> GuestMemory:
 
 
 def test_a_stop_is_there_until_the_last_who_wants_it_removes_it() -> None:
-    c = SimpleNamespace(planted=ffi.NULL)
+    c = SimpleNamespace(planted=ffi.NULL, access=SimpleNamespace(pending=lib.PYKVM_IDLE))
     with memory() as ram:
         planted = Planted(ram, [c])
         planted.plant(0x1005)
@@ -42,7 +42,9 @@ def test_a_stop_is_there_until_the_last_who_wants_it_removes_it() -> None:
         assert 0x1005 in planted and offsets(c) == {5}
         planted.remove(0x1005)
         planted.remove(0x1005)
-        assert ram[0x1005] == CODE[0x1005] and not c.planted
+        assert ram[0x1005] == CODE[0x1005]
+        planted.settle()
+        assert not c.planted
 
 
 def test_a_stop_that_went_while_vcpus_run_is_known_until_they_stand() -> None:
@@ -126,7 +128,7 @@ OPERATIONS = st.lists(
 
 @given(OPERATIONS)
 def test_what_the_guest_knows_is_what_it_wrote(operations: list[tuple]) -> None:  # type: ignore[type-arg]
-    c = SimpleNamespace(planted=ffi.NULL)
+    c = SimpleNamespace(planted=ffi.NULL, access=SimpleNamespace(pending=lib.PYKVM_IDLE))
     with memory() as ram:
         planted, model, users = Planted(ram, [c]), bytearray(CODE), dict[int, int]()
         for name, *arguments in operations:
@@ -154,6 +156,8 @@ def test_what_the_guest_knows_is_what_it_wrote(operations: list[tuple]) -> None:
                 users.clear()
             wanted = {gpa for gpa, count in users.items() if count}
             assert {gpa for gpa, _ in planted} == wanted
+            assert offsets(c) >= {gpa % 0x1000 for gpa in wanted}
+            planted.settle()
             assert offsets(c) == {gpa % 0x1000 for gpa in wanted}
             assert all(ram[gpa] == IN_AL_DX for gpa in wanted)
         planted.clear()
