@@ -80,7 +80,7 @@ def test_every_end_is_told_and_every_input_starts_afresh(machine: pykvm.Machine)
     inputs = list(expected) * 2
     with machine.snapshot() as s:
         outcomes = list(
-            machine.fuzz(s, inputs, write_at=INPUT, length_at=LENGTH, timeout=0.1, batch=5)
+            machine.fuzz(s, inputs, write_at=INPUT, length_at=LENGTH, timeout=0.5, batch=5)
         )
         assert [outcome.input for outcome in outcomes] == inputs
         for outcome in outcomes:
