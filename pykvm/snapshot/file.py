@@ -136,7 +136,7 @@ def _write(
     if base is not None:
         relative = os.path.relpath(base[0], os.path.dirname(os.path.abspath(path)))
         header["base"] = {"path": relative, "id": base[1]}
-    text = json.dumps(header, indent=1).encode()
+    text = _text(header)
     line = b"%s %d %d %s\n" % (MAGIC, VERSION, len(text), _digest(text))
     atomic.write_all(fd, line + text, 0)
     start = _start(len(line), len(text))
@@ -149,6 +149,19 @@ def _write(
             else:
                 atomic.write_all(fd, data, at)
                 at += len(data)
+
+
+def _text(header: Header) -> bytes:
+    """The header as JSON; SnapshotError names the device whose state is none."""
+    try:
+        return json.dumps(header, indent=1).encode()
+    except (TypeError, ValueError, RecursionError):
+        for name, state in header["devices"].items():
+            try:
+                json.dumps(state)
+            except (TypeError, ValueError, RecursionError) as error:
+                raise SnapshotError(f"the state of the device at {name}: {error}") from error
+        raise
 
 
 def _start(line: int, text: int) -> int:

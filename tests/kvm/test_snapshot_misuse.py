@@ -143,6 +143,30 @@ def test_what_cannot_be_written_is_told_by_the_name_that_was_given(
     assert Path("/dev/null").is_char_device() and not os.listdir(tmp_path)
 
 
+class Device:
+    """One whose state a file cannot have."""
+
+    def state(self) -> dict[str, bytes]:
+        return {"fifo": b"bytes"}
+
+    def restore(self, state: dict[str, bytes]) -> None:
+        pass
+
+    def read(self, access: object) -> int:
+        return 0
+
+
+def test_a_state_that_no_file_can_have_is_told_with_its_device(
+    m: pykvm.Machine, tmp_path: Path
+) -> None:
+    m.on_pio(0x70, Device().read)
+    with m.snapshot() as s:
+        s.restore()
+        with pytest.raises(SnapshotError, match=r"the device at pio:0x70: .*bytes"):
+            s.save(tmp_path / "s")
+    assert not os.listdir(tmp_path)
+
+
 # ---- pools ---------------------------------------------------------------------------------------
 
 
