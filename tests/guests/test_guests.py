@@ -136,7 +136,7 @@ def test_a_32_bit_elf_runs_in_protected_mode(tmp_path: Path) -> None:
     )
     command = ["gcc", "-m32", "-nostdlib", "-static", "-no-pie", "-Wl,--build-id=none"]
     command += ["-Wl,-Ttext=0x10000", "-Wl,-Tdata=0x20000", str(source), "-o", str(built)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=100)
     guest = guestlib.resolve(str(built))
     _, result = run_guest(guest)
     assert (result.reason, result.code) == (reasons.DEBUG_EXIT, 32)

@@ -155,7 +155,7 @@ def flood(notifies: int, stops: int, io: str = "thread") -> tuple[list[float], i
                 time.sleep(0.001)
             asked = time.perf_counter()
             m.stop()
-            thread.join()
+            thread.join(60)
             latencies.append(ended[0] - asked)
         rung = 1000 * sum(map(len, shown))
         while rung < notifies:  # what is left, in one go

@@ -81,7 +81,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
     yield popen
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 # ---- each end has a reason and an exit code of its own ----------------------------------------

@@ -93,7 +93,7 @@ def start() -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     yield popen
     for process in started:
         process.kill()
-        process.communicate()
+        process.communicate(timeout=60)
 
 
 # ---- what it is for ----------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_a_reader_that_has_left_ends_the_run_in_silence(
     assert process.stdout is not None
     assert os.read(process.stdout.fileno(), 5)
     process.stdout.close()
-    assert process.wait() == exitcodes.BROKEN_PIPE
+    assert process.wait(60) == exitcodes.BROKEN_PIPE
     assert process.stderr is not None
     assert process.stderr.read() == b""
 

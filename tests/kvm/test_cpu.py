@@ -181,7 +181,7 @@ def test_a_vcpu_that_runs_is_busy_for_other_threads(m: pykvm.Machine) -> None:
         if not caught:
             thread = threading.Thread(target=other)
             thread.start()
-            thread.join()
+            thread.join(60)
         assert m.cpu.rip in (0x8000, 0x8002)
 
     assert m.run(timeout=60).reason == reasons.STOPPED
@@ -199,7 +199,7 @@ def test_a_stopped_vcpu_may_be_used_from_any_thread(m: pykvm.Machine) -> None:
     for _ in range(3):
         thread = threading.Thread(target=use)
         thread.start()
-        thread.join()
+        thread.join(60)
     use()
     assert results == [(reasons.HALTED, n) for n in (1, 2, 3, 4)]
 

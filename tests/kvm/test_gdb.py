@@ -52,7 +52,9 @@ class Gdb:
                 env=GDB_ENVIRONMENT,
             )  # fmt: skip
             told: list[bytes] = []
-            collect = threading.Thread(target=lambda: told.append(process.communicate()[0]))
+            collect = threading.Thread(
+                target=lambda: told.append(process.communicate(timeout=200)[0])
+            )
             collect.start()
             how, _ = server.serve(timeout=60)
             collect.join(60)
@@ -110,8 +112,8 @@ def test_ctrl_c_stops_a_guest_that_runs_for_ever() -> None:
         thread = threading.Thread(target=interrupt)
         thread.start()
         how, result = server.serve(timeout=60)
-        thread.join()
-        text = process.communicate()[0].decode()
+        thread.join(200)
+        text = process.communicate(timeout=200)[0].decode()
     assert "SIGINT" in text and "stopped 1" in text
     assert how == "killed" and result is not None and result.reason == "stopped"
 
@@ -154,6 +156,7 @@ def test_backtrace_with_symbols_in_a_guest_in_c(tmp_path: Path) -> None:
          "-mgeneral-regs-only", "-fcf-protection=none", "-fno-asynchronous-unwind-tables",
          "-Wl,-Ttext=0x10000", "-Wl,--build-id=none", "-o", elf, str(tmp_path / "guest.c")],
         check=True,
+        timeout=100,
     )  # fmt: skip
     with pykvm.Machine("4M") as m:
         image = m.load_elf(elf)
@@ -240,7 +243,7 @@ def test_a_kernel_is_booted_under_gdb_and_goes_on_or_ends_as_gdb_leaves(
     with pytest.raises(SystemExit) as end:
         arguments = ["boot", str(kernel), "--no-cache", "--memory", "16M", f"--gdb={path}"]
         cli.main([*arguments, "--timeout", "60"], prog_name="pykvm")
-    thread.join()
+    thread.join(200)
     assert said[:2] == [b"T05thread:1;", b"T05thread:1;"]
     goes_on = words in (["D"], ["vCont;c"])
     assert end.value.code == (0 if goes_on else 130), capfd.readouterr().err

@@ -318,7 +318,7 @@ def test_ctrl_c_ends_a_guest_that_never_exits(cpu: Vcpu, memory: Ram) -> None:
             while True:
                 cpu.run()
     finally:
-        thread.join()
+        thread.join(60)
         signal.signal(signal.SIGINT, before)
 
 
@@ -393,7 +393,7 @@ def test_another_thread_may_use_a_vcpu_that_does_not_run(cpu: Vcpu, memory: Ram)
     seen: list[exits.Exit] = []
     thread = threading.Thread(target=lambda: seen.append(cpu.run()))
     thread.start()
-    thread.join()
+    thread.join(60)
     assert seen == [exits.IoExit(0xE9, 1, 1, True, b"A")]
     assert cpu.run() == exits.HltExit()
 
@@ -418,5 +418,5 @@ def test_the_gil_is_released_while_the_guest_runs(cpu: Vcpu, memory: Ram) -> Non
         running.set()
         assert cpu.run() == exits.IntrExit()
     finally:
-        thread.join()
+        thread.join(60)
         signal.signal(signal.SIGUSR1, old)

@@ -358,7 +358,7 @@ def test_a_line_wakes_a_halted_processor_from_another_thread(irqchip: str) -> No
         m.on_pio(0x10, ready)
         start(m, guest(VECTOR, f"{ioapic_entry(7, VECTOR)}\n out 0x10, al", counted(1)))
         result = m.run(timeout=GENEROUS)
-        threads[0].join()
+        threads[0].join(60)
         assert (result.reason, result.code) == (reasons.DEBUG_EXIT, 1), result
 
 

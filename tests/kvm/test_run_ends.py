@@ -37,7 +37,7 @@ def ctrl_c_once_it_runs(m: pykvm.Machine) -> Iterator[None]:
     thread = threading.Thread(target=send, daemon=True)
     thread.start()
     yield
-    thread.join()
+    thread.join(60)
 
 
 # ---- how runs end ------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_stop_from_another_thread(m: pykvm.Machine, text: str) -> None:
     timer = threading.Timer(0.05, m.stop)
     timer.start()
     assert run(m).reason == reasons.STOPPED
-    timer.join()
+    timer.join(60)
 
 
 @pytest.mark.parametrize("text", ["l: jmp l", "l: out 0x10,al; jmp l", "l: out 0x11,al; jmp l"])

@@ -172,7 +172,7 @@ def test_every_byte_typed_while_the_guest_sleeps_wakes_it(port: Port) -> None:
     thread = threading.Thread(target=type_slowly)
     thread.start()
     assert port.run(ECHO).reason == reasons.DEBUG_EXIT
-    thread.join()
+    thread.join(60)
     assert port.serial.read() == bytes(byte ^ 0x20 for byte in text)
 
 

@@ -95,7 +95,7 @@ def test_stop_reaches_all() -> None:
         timer = threading.Timer(0.05, m.stop)
         timer.start()
         assert m.run(timeout=60).reason == reasons.STOPPED
-        timer.join()
+        timer.join(60)
 
 
 def test_with_an_irqchip_the_second_waits_for_its_start_up_ipi_and_gets_it() -> None:
@@ -201,7 +201,7 @@ def test_a_second_run_at_once_is_refused_and_does_not_end_the_first(
                 m.run()
             assert not stopped
             go_on.set()
-            assert run.result().reason == reasons.HALTED
+            assert run.result(60).reason == reasons.HALTED
 
 
 def test_a_thread_that_cannot_be_had_leaves_none_behind(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,7 +256,7 @@ def test_ctrl_c_again_and_again_ends_no_run_before_every_vcpu_is_home() -> None:
         with ThreadPoolExecutor(1) as other:
             pressed = other.submit(press)
             result = m.run(timeout=60)
-            pressed.result()
+            pressed.result(60)
         assert result.reason == reasons.INTERRUPTED
         assert [state.index for state in result.cpus] == [0, 1]
 

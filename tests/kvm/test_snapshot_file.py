@@ -72,6 +72,7 @@ def test_in_another_process(tmp_path: Path) -> None:
         text=True,
         check=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=100,
     )
     assert done.stdout.split() == ["halted", "42"], done.stderr
 

@@ -124,7 +124,7 @@ def test_a_thread_that_computes_beside_them_does_not_delay_it_for_long(m: pykvm.
         result = ends("all of it, beside a busy thread", running.stop)
     finally:
         over.set()
-        busy.join()
+        busy.join(60)
     assert result.reason == reasons.STOPPED
 
 

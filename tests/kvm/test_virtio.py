@@ -153,7 +153,7 @@ def test_interrupts_arrive_as_edges_on_their_line() -> None:
         thread.start()
         result = m.run(timeout=GENEROUS)
         done.set()
-        thread.join()
+        thread.join(60)
         assert result.reason == reasons.STOPPED
         patience = time.monotonic() + GENEROUS
         while not requested():  # KVM hands it to a worker of its own

@@ -84,7 +84,7 @@ def test_a_disk_that_cannot_be_opened_leaves_the_machine_usable(image: Path) -> 
 
 def command(*args: str | Path) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "pykvm", "run", *map(str, args)]
-    return subprocess.run(words, capture_output=True, text=True)
+    return subprocess.run(words, capture_output=True, text=True, timeout=100)
 
 
 def test_the_command_line_has_disks(image: Path, tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def boot(kernel: Path, initrd: Path) -> Iterator[Boot]:
         helper = threading.Thread(target=meanwhile, args=(m,))
         helper.start()
         result = m.run(timeout=BOOT_SECONDS)
-        helper.join()
+        helper.join(60)
         text = m.console.transcript.decode(errors="replace")
         assert result.reason == reasons.POWER_OFF, f"{result}\n{text[-3000:]}"
         assert "MARKER end" in text, text[-3000:]

@@ -69,7 +69,7 @@ def test_linux_gets_randomness_and_talks_through_a_console(kernel: Path) -> None
         thread = threading.Thread(target=talk)
         thread.start()
         result = m.run(timeout=BOOT_SECONDS)
-        thread.join()
+        thread.join(60)
         text = m.console.transcript.decode(errors="replace")
     assert result.reason == reasons.POWER_OFF, f"{result}\n{heard}\n{text[-3000:]}"
     assert "MARKER rng virtio_rng.0" in text

@@ -46,7 +46,7 @@ def tool(name: str) -> str:
 
 def run(*command: str | Path) -> str:
     """What it prints."""
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}{done.stderr}"
     return done.stdout
 

@@ -128,7 +128,9 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, path = folder / "host.c", folder / "host.so"
     source.write_text(LIBRARY)
     subprocess.run(
-        ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-o", path, source, "-ldl"], check=True
+        ["gcc", "-O1", "-Wall", "-shared", "-fPIC", "-o", path, source, "-ldl"],
+        check=True,
+        timeout=100,
     )
     return path
 
@@ -153,6 +155,7 @@ def serve(
             cwd=CHECKOUT,
             capture_output=True,
             text=True,
+            timeout=100,
         )
         assert done.returncode == 0, done.stderr
         log.seek(0)

@@ -328,7 +328,7 @@ def test_writers_at_the_same_time_do_not_disturb_each_other(folder: Path) -> Non
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
     assert len({ram for _, ram in plans}) == 1 and len(plans) == 8
     assert len(entries(folder)) == 1
     assert load(bzimage(), folder)[0].cache_hit

@@ -66,7 +66,9 @@ def test_the_header_says_what_file_says(kernel: Path) -> None:
     assert image.version.startswith(kernel.name.removeprefix("vmlinuz-"))
     assert image.pref_address == 0x1000000 and image.cmdline_size == 2047
     if shutil.which("file"):
-        said = subprocess.run(["file", "-bL", kernel], capture_output=True, text=True, check=True)
+        said = subprocess.run(
+            ["file", "-bL", kernel], capture_output=True, text=True, check=True, timeout=100
+        )
         assert f"version {image.version}," in said.stdout
 
 

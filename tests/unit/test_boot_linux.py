@@ -226,7 +226,7 @@ def test_a_file_that_cannot_be_mapped_is_read(mem: GuestMemory, tmp_path: Path) 
     writer = threading.Thread(target=pipe.write_bytes, args=(bzimage(),))
     writer.start()
     load(mem, pipe)
-    writer.join()
+    writer.join(60)
     assert mem[PREF : PREF + len(CODE)] == CODE
 
 

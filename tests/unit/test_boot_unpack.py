@@ -54,7 +54,8 @@ def test_what_linux_is_packed_with_can_be_unpacked(name: str) -> None:
     command = COMMANDS[name]
     if shutil.which(command[0]) is None:
         pytest.skip(f"{command[0]} is not installed")
-    packed = subprocess.run(command, input=DATA, capture_output=True, check=True).stdout
+    done = subprocess.run(command, input=DATA, capture_output=True, check=True, timeout=100)
+    packed = done.stdout
     if name != "gzip":
         packed += struct.pack("<I", len(DATA))
     assert unpack.identify(memoryview(packed)) == name
@@ -180,7 +181,11 @@ def test_a_bomb_is_given_up_as_soon_as_it_is_too_large(name: str) -> None:
     )
     started = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-c", script], input=payload, capture_output=True, check=True
+        [sys.executable, "-c", script],
+        input=payload,
+        capture_output=True,
+        check=True,
+        timeout=100,
     )
     kib, _, message = done.stdout.decode().partition(" ")
     assert message.strip().endswith("found more")

@@ -23,7 +23,7 @@ def run_c(source: str, folder: Path, *flags: str) -> str:
     program = folder / "program"
     result = Compiler(flags=flags).run(source, "-w", "-o", str(program))
     assert result.returncode == 0, result.stderr
-    return subprocess.run([program], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([program], capture_output=True, text=True, check=True, timeout=100).stdout
 
 
 def fields_of(ctype: Any, base: int = 0) -> Iterator[tuple[str, int, Any]]:

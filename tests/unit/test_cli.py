@@ -281,7 +281,7 @@ def test_the_console_writes_everything_to_a_descriptor_that_does_not_block() -> 
         assert output.error is None
     finally:
         os.close(write)
-        thread.join()
+        thread.join(60)
         os.close(read)
     assert b"".join(got) == sent
 

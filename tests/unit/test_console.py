@@ -99,7 +99,7 @@ def test_expect_waits_while_the_guest_runs(serial: FakeSerial, console: Console)
     timer = threading.Timer(0.02, serial.prints, [b"late"])
     timer.start()
     assert console.expect(b"late") == b"late"
-    timer.join()
+    timer.join(60)
 
 
 def test_the_end_of_the_run_ends_the_waiting_and_tells_the_tail(
@@ -110,7 +110,7 @@ def test_the_end_of_the_run_ends_the_waiting_and_tells_the_tail(
     timer.start()
     with pytest.raises(ExpectError, match="the run ended before") as failed:
         console.expect(b"login:")
-    timer.join()
+    timer.join(60)
     assert failed.value.tail == b"no login here"
 
 

@@ -131,16 +131,20 @@ def small_volume(tmp_path: Path) -> Iterator[Path]:
         file.truncate(8 << 20)
     folder.mkdir()
     path = {"PATH": f"{os.environ['PATH']}:/sbin:/usr/sbin"}
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", volume], check=True, env=path)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", volume], check=True, env=path, timeout=100)
     done = subprocess.run(
-        ["mount", "-o", "loop", volume, folder], capture_output=True, text=True, env=path
+        ["mount", "-o", "loop", volume, folder],
+        capture_output=True,
+        text=True,
+        env=path,
+        timeout=100,
     )
     if done.returncode:
         pytest.skip(f"mount -o loop: {done.stderr.strip()}")
     try:
         yield folder
     finally:
-        subprocess.run(["umount", folder], check=True, env=path)
+        subprocess.run(["umount", folder], check=True, env=path, timeout=100)
 
 
 def test_a_full_host_is_an_io_error_and_room_helps(small_volume: Path) -> None:
@@ -178,6 +182,7 @@ def strace(image: Path, inject: str, mode: str = "") -> dict[str, Any]:
         capture_output=True,
         text=True,
         cwd=Path(__file__).resolve().parents[2],
+        timeout=100,
     )  # fmt: skip
     if done.returncode and "ptrace" in done.stderr.lower():
         pytest.skip(f"strace: {done.stderr.strip()}")

@@ -117,13 +117,17 @@ def block_device(image: Path) -> Iterator[str]:
     if losetup is None:
         pytest.skip("no losetup in $PATH")
     done = subprocess.run(
-        [losetup, "--find", "--show", image], capture_output=True, text=True, check=False
+        [losetup, "--find", "--show", image],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=100,
     )
     if done.returncode:
         pytest.skip(f"losetup: {done.stderr.strip()}")
     device = done.stdout.strip()
     yield device
-    subprocess.run([losetup, "--detach", device], check=True)
+    subprocess.run([losetup, "--detach", device], check=True, timeout=100)
 
 
 @pytest.mark.parametrize("cache", ["writeback", "writethrough", "none"])
@@ -177,7 +181,11 @@ def test_a_qcow2_image_with_a_disk_in_it_is_read(tmp_path: Path) -> None:
         pytest.skip("no qemu-img in $PATH")
     raw, path = tmp_path / "raw", tmp_path / "a.qcow2"
     raw.write_bytes(content())
-    subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path], check=True)
+    subprocess.run(
+        ["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, path],
+        check=True,
+        timeout=100,
+    )
     for mode in (",ro", ",overlay", ""):
         with DiskSpec.parse(f"{path},format=qcow2{mode}").open() as disk:
             assert read(disk, 0, SIZE) == content()
@@ -185,7 +193,7 @@ def test_a_qcow2_image_with_a_disk_in_it_is_read(tmp_path: Path) -> None:
                 write(disk, 512, b"q" * 512)
                 disk.flush()
                 assert read(disk, 0, 1536) == content()[:512] + b"q" * 512 + content()[1024:1536]
-    subprocess.run(["qemu-img", "check", "-q", path], check=True)
+    subprocess.run(["qemu-img", "check", "-q", path], check=True, timeout=100)
 
 
 def test_fuse_is_not_trusted_with_a_synced_write(tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ def test_what_gcc_builds_reads_as_pyelftools_reads_it(tmp_path: Path, bits: int)
         ".bss\nroom: .skip 100\n"
     )
     subprocess.run(
-        ["gcc", f"-m{bits}", "-nostdlib", "-static", "-no-pie", source, "-o", built], check=True
+        ["gcc", f"-m{bits}", "-nostdlib", "-static", "-no-pie", source, "-o", built],
+        check=True,
+        timeout=100,
     )
     mine = elf.parse(built.read_bytes())
     theirs = elftools.ELFFile(io.BytesIO(built.read_bytes()))

@@ -240,7 +240,7 @@ def test_the_makefile_makes_the_same_bytes_as_build_c(name: str, tmp_path: Path)
     folder.mkdir()
     for file in ("Makefile", "main.c"):
         shutil.copy(guest.path / file, folder)
-    subprocess.run(["make", "-s"], cwd=folder, check=True)
+    subprocess.run(["make", "-s"], cwd=folder, check=True, timeout=100)
     assert (folder / f"{name}.elf").read_bytes() == guestlib.build_c([guest.path / "main.c"])
 
 

@@ -54,6 +54,7 @@ def run(tmp_path: Path) -> Run:
             env=environment,
             capture_output=True,
             text=True,
+            timeout=100,
         )
 
     return run

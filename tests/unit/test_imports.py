@@ -105,6 +105,7 @@ def _loaded_by(statement: str) -> set[str]:
         capture_output=True,
         text=True,
         check=True,
+        timeout=100,
     )
     return set(done.stdout.split())
 

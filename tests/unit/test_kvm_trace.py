@@ -324,7 +324,7 @@ def test_lines_of_threads_do_not_mix(fake: Fake) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join()
+            thread.join(60)
     assert lines == [f"ioctl(vcpu {vcpu.fd}, KVM_NMI) = 0"] * 200
     assert not overlaps
 

@@ -88,7 +88,7 @@ def test_a_stop_from_outside_does_not_wait_for_the_rest_of_a_string_and_loses_no
         seen.append(access.value)
         if len(seen) == 2:
             with ThreadPoolExecutor(1) as other_thread:
-                other_thread.submit(fake.runner.stop).result()
+                other_thread.submit(fake.runner.stop).result(60)
 
     fake.pio.handle(0xE9, handler)
     assert run(fake).reason == reasons.STOPPED
@@ -131,7 +131,7 @@ def test_complete_gives_up_the_rest_of_a_string_that_was_cut_short() -> None:
 
     def handler(access: PioAccess) -> int:
         with ThreadPoolExecutor(1) as other_thread:
-            other_thread.submit(fake.runner.stop).result()
+            other_thread.submit(fake.runner.stop).result(60)
         return 7
 
     fake.pio.handle(0x1F0, handler)

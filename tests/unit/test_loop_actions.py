@@ -168,7 +168,7 @@ def test_a_reader_in_another_thread_gets_every_byte_once_and_in_order(
     monkeypatch.setattr(ring, "lib", Slow())
     with ThreadPoolExecutor(1) as reader:
         fifo.drain()
-        assert reads[0].result() + fifo.read() == b"old!new!"
+        assert reads[0].result(60) + fifo.read() == b"old!new!"
 
 
 def test_output_that_was_taken_out_of_the_ring_still_wakes_a_reader() -> None:
@@ -211,7 +211,7 @@ def test_a_guest_that_waits_for_its_reader_is_stopped() -> None:
     timer = threading.Timer(0.03, fake.runner.stop)
     timer.start()
     assert run(fake).reason == reasons.STOPPED
-    timer.join()
+    timer.join(60)
 
 
 def test_a_slow_reader_gets_everything() -> None:
@@ -223,7 +223,7 @@ def test_a_slow_reader_gets_everything() -> None:
             assert select.select([serial], [], [], 60)[0], "nothing came"
             got += serial.read()
         fake.runner.stop()
-        assert running.result().reason == reasons.STOPPED
+        assert running.result(60).reason == reasons.STOPPED
     got += serial.read()
     assert bytes(got[:200]) == b"abcdefgh" * 25
 

@@ -189,6 +189,6 @@ def test_of_two_runs_that_begin_at_once_one_is_refused() -> None:
     fake = FakeRun(HLT)
     assert lib.pykvm_vcpu_begin(fake.c, NEVER) == 0  # the other has not yet said who it is
     with pytest.raises(BusyError), ThreadPoolExecutor(1) as other:
-        other.submit(run, fake).result()
+        other.submit(run, fake).result(60)
     lib.pykvm_vcpu_end(fake.c)
     assert run(fake).reason == reasons.HALTED
