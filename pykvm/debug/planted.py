@@ -101,8 +101,10 @@ class Planted:
                 self._mark(gpa, -1)
             else:  # a vCPU may have come to it in this moment: C is to tell of that
                 self._gone.add(gpa)
+            lifted = gpa in self._lifted
+            self._lifted.discard(gpa)
             # Else the guest has written its code anew, or is no more.
-            if not self._memory.closed and self._memory[gpa] == IN_AL_DX:
+            if not lifted and not self._memory.closed and self._memory[gpa] == IN_AL_DX:
                 self._poke(gpa, original)
 
     def clear(self) -> None:
@@ -125,13 +127,15 @@ class Planted:
     def put_back(self, gpas: Iterable[int] | None = None) -> None:
         """Plant all again after :meth:`lift`, or after memory was written from a copy.
 
-        The bytes that are there now are the guest's own from here on.
+        The bytes that are there now are the guest's own from here on, but for an IN AL,DX where
+        none was lifted: that is taken for the planted one.
         """
         for gpa in list(self._originals) if gpas is None else gpas:
+            lifted = gpa in self._lifted
             self._lifted.discard(gpa)
             if gpa in self._originals:
                 now = self._memory[gpa]
-                if now != IN_AL_DX:
+                if lifted or now != IN_AL_DX:
                     self._originals[gpa] = now
                     self._poke(gpa, IN_AL_DX)
 

@@ -96,7 +96,7 @@ def _mmio(run: Any) -> Exit:
     mmio = run.mmio
     size = mmio.len
     if mmio.is_write:
-        return MmioExit(mmio.phys_addr, size, True, bytes(mmio.data[0:size]))
+        return MmioExit(mmio.phys_addr, size, True, bytes(mmio.data[0 : min(size, 8)]))
     return MmioExit(mmio.phys_addr, size, False, b"")
 
 

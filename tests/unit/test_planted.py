@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pykvm._abi import ffi, lib
@@ -104,6 +104,17 @@ def test_an_in_of_the_guests_own_is_known_from_a_planted_one_while_it_is_lifted(
         assert planted.stops_at(0x20) and not planted.stops_at(0x21) and not planted.stops_at(None)
 
 
+def test_a_stop_removed_while_it_is_lifted_leaves_what_was_written() -> None:
+    with memory() as ram:
+        planted = Planted(ram, [])
+        planted.plant(0x20)
+        with planted.lifted():
+            ram[0x20:0x21] = bytes([IN_AL_DX])
+            planted.remove(0x20)
+            assert ram[0x20] == IN_AL_DX
+        assert ram[0x20] == IN_AL_DX
+
+
 def test_code_that_the_guest_has_written_over_a_stop_is_left_to_it() -> None:
     with memory() as ram:
         planted = Planted(ram, [])
@@ -127,6 +138,7 @@ OPERATIONS = st.lists(
 
 
 @given(OPERATIONS)
+@example([("plant", 0x1000), ("write", 0x1000, IN_AL_DX)])  # an IN of the guest's own
 def test_what_the_guest_knows_is_what_it_wrote(operations: list[tuple]) -> None:  # type: ignore[type-arg]
     c = SimpleNamespace(planted=ffi.NULL, access=SimpleNamespace(pending=lib.PYKVM_IDLE))
     with memory() as ram:
