@@ -45,6 +45,8 @@ void pykvm_events_close(struct pykvm_vcpu *vcpu, struct pykvm_events *events);
 /* Around every KVM_RUN of a vCPU that has a `log`.  Before it: PYKVM_SERVED, or what to return. */
 int64_t pykvm_log_enter(struct pykvm_vcpu *vcpu, struct pykvm_log *log);
 void pykvm_log_exit(struct pykvm_vcpu *vcpu, struct pykvm_log *log);
+/* It returned without an exit; `at_once`: immediate_exit was set when it was called. */
+void pykvm_log_interrupted(struct pykvm_log *log, int at_once);
 /* Answer an exit from the log: PYKVM_SERVED, or PYKVM_DIVERGED. */
 int64_t pykvm_log_replay(struct pykvm_vcpu *vcpu, struct pykvm_log *log);
 /* Whether the exit, an I/O, may be of a planted stop. */

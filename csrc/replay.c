@@ -8,6 +8,7 @@
  */
 #include "pykvm.h"
 
+#include <errno.h>
 #include <string.h>
 
 enum { HEAD = sizeof(struct pykvm_log_record), PAGE = 4096 };
@@ -96,12 +97,29 @@ static void close_open(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
     log->open = 0;
 }
 
+/* What KVM_RUN takes from the run page besides registers.  CR8 it also leaves there. */
+static uint32_t page_of(const struct kvm_run *run)
+{
+    return (run->request_interrupt_window != 0) | (uint32_t)(run->cr8 & 15) << 8;
+}
+
 static int64_t record_entry(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
 {
     struct kvm_run *run = vcpu->run;
     close_open(vcpu, log);
     if (log->waiting || log->capacity - log->end < PYKVM_LOG_ROOM)
         return PYKVM_LOGGED;
+    if (!run->kvm_dirty_regs && page_of(run) == log->page)
+        return PYKVM_SERVED;
+    if (log->state == PYKVM_LOG_RAN) {
+        log->broken = 1;
+        return PYKVM_LOGGED;
+    }
+    if (log->state == PYKVM_LOG_COMPLETED) {
+        struct pykvm_log_record record = {.kind = PYKVM_LOG_COMPLETE};
+        append(log, &record, NULL);
+        log->state = PYKVM_LOG_MARKED;
+    }
     if (run->kvm_dirty_regs) {
         struct pykvm_log_record record = {
             .kind = PYKVM_LOG_REGISTERS,
@@ -110,13 +128,10 @@ static int64_t record_entry(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
         };
         append(log, &record, &run->s.regs);
     }
-    if (run->request_interrupt_window != log->window) {
-        struct pykvm_log_record record = {
-            .kind = PYKVM_LOG_WINDOW,
-            .address = run->request_interrupt_window,
-        };
+    if (page_of(run) != log->page) {
+        struct pykvm_log_record record = {.kind = PYKVM_LOG_PAGE, .address = page_of(run)};
         append(log, &record, NULL);
-        log->window = run->request_interrupt_window;
+        log->page = page_of(run);
     }
     return PYKVM_SERVED;
 }
@@ -130,10 +145,20 @@ void pykvm_log_exit(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
     record.said = said.bytes;
     record.answered = answer.bytes;
     record.number = ++log->exits;
+    log->page = page_of(vcpu->run);
+    log->state = PYKVM_LOG_AT_EXIT;
     uint64_t at = log->end;
     append(log, &record, said.at);
     if (answer.bytes)
         log->open = at + 1;
+}
+
+void pykvm_log_interrupted(struct pykvm_log *log, int at_once)
+{
+    if (!at_once)
+        log->state = PYKVM_LOG_RAN;
+    else if (log->state == PYKVM_LOG_AT_EXIT)
+        log->state = PYKVM_LOG_COMPLETED;
 }
 
 /* ---- replaying ------------------------------------------------------------------------------- */
@@ -153,6 +178,21 @@ static void pass(struct pykvm_log *log, const struct pykvm_log_record *record)
     log->at += HEAD + padded(record->said) + padded(record->answered);
 }
 
+/* Have KVM complete the last exit's instruction, and no more: whether it did. */
+static int complete(struct pykvm_vcpu *vcpu)
+{
+    struct kvm_run *run = vcpu->run;
+    /* A signal may set 1 meanwhile, for the next run to see: only what is ours is taken back. */
+    uint8_t nobody = 0, ours = 2;
+    __atomic_compare_exchange_n(&run->immediate_exit, &nobody, ours, 0, __ATOMIC_SEQ_CST,
+                                __ATOMIC_SEQ_CST);
+    int error = vcpu->enter(vcpu);
+    __atomic_compare_exchange_n(&run->immediate_exit, &ours, 0, 0, __ATOMIC_SEQ_CST,
+                                __ATOMIC_SEQ_CST);
+    vcpu->entries++;
+    return error == -EINTR;
+}
+
 static int64_t replay_entry(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
 {
     struct kvm_run *run = vcpu->run;
@@ -167,8 +207,13 @@ static int64_t replay_entry(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
             memcpy(&run->s.regs, log->bytes + log->at + HEAD, sizeof run->s.regs);
             run->kvm_dirty_regs |= record.address;
             break;
-        case PYKVM_LOG_WINDOW:
-            run->request_interrupt_window = record.address != 0;
+        case PYKVM_LOG_PAGE:
+            run->request_interrupt_window = record.address & 1;
+            run->cr8 = record.address >> 8 & 15;
+            break;
+        case PYKVM_LOG_COMPLETE:
+            if (!complete(vcpu))
+                return PYKVM_DIVERGED;
             break;
         default:
             return PYKVM_LOGGED;

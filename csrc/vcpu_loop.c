@@ -203,6 +203,7 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
         struct pykvm_events *events = __atomic_load_n(&vcpu->events, __ATOMIC_ACQUIRE);
         if (events)
             pykvm_events_enter(vcpu, events);
+        int at_once = log && __atomic_load_n(&vcpu->run->immediate_exit, __ATOMIC_SEQ_CST);
         int error = -vcpu->enter(vcpu);
         if (!error) {
             vcpu->exits++;
@@ -210,6 +211,8 @@ int64_t pykvm_vcpu_answer(struct pykvm_vcpu *vcpu, uint64_t answer)
                 pykvm_events_exit(vcpu, events);
             if (log)
                 pykvm_log_exit(vcpu, log);
+        } else if (log) {
+            pykvm_log_interrupted(log, at_once);
         }
         if (vcpu->trace) {
             vcpu->error = error;

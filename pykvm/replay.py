@@ -22,6 +22,7 @@ from _thread import get_ident
 from pykvm import result as reasons
 from pykvm._abi import ffi, lib
 from pykvm.debug.input_log import (
+    COMPLETE,
     HEAD,
     IOCTL,
     IOCTLS,
@@ -78,6 +79,7 @@ class _Attached:
             raise ReplayError("virtio devices write guest memory, which is not recorded")
         self._runner.complete()
         machine.cpu.flush()
+        self._cr8 = int(self._runner.vcpu.get_sregs().cr8)
 
     def _attach(self) -> None:
         self._runner.log = self
@@ -119,6 +121,7 @@ class Recorder(_Attached):
         self._begin()
         self.log = InputLog(*_place(self._machine))
         self._grow(_FIRST_ROOM)
+        self.c.page, self.c.state = self._cr8 << 8, lib.PYKVM_LOG_MARKED
         self._attach()
         self._writes = self._machine.memory.track()
         self._writes.noted = self._written
@@ -137,7 +140,7 @@ class Recorder(_Attached):
             if not self._machine.closed:
                 self._runner.complete()  # the answer to the last exit
                 self._machine.cpu.flush()
-            self._drain()
+                self._drain()
         finally:
             ioctl.witnesses.remove(self._witness)
             self._writes.noted = None
@@ -150,6 +153,7 @@ class Recorder(_Attached):
     def _written(self, region: Region, at: int, length: int) -> None:
         if self._runner.owner not in (0, get_ident()):
             self._break("memory was written while the guest ran, and nobody knows when it saw that")
+        self._at_a_known_place("memory was written")
         self._waiting.append((MEMORY, region.guest_phys_addr + at, length))
         self.c.waiting = 1
 
@@ -162,6 +166,7 @@ class Recorder(_Attached):
                 self._break(f"{name} on the vCPU is in no log")
             if self._runner.owner not in (0, get_ident()):
                 self._break(f"{name} was done while the guest ran")
+            self._at_a_known_place(f"{name} was done")
             size: int = ffi.sizeof(IOCTLS[name]) if IOCTLS[name] else 0
             if name == "KVM_SET_MSRS":
                 size = msrs_size(arg.nmsrs)
@@ -169,12 +174,18 @@ class Recorder(_Attached):
             self._waiting.append((IOCTL, getattr(lib, name), said))
             self.c.waiting = 1
 
+    def _at_a_known_place(self, what: str) -> None:
+        if self.c.state == lib.PYKVM_LOG_RAN:
+            self._break(f"{what} after the guest was interrupted, at an instruction nobody knows")
+
     def _break(self, why: str) -> None:
         self._broken = self._broken or f"what was recorded cannot be replayed: {why}"
         raise ReplayError(why)
 
     def see(self, outcome: int) -> End | None:
         """Before an entry: write down what the host did, and see that there is room."""
+        if self.c.broken:
+            self._break("registers were set after the guest was interrupted, nobody knows where")
         self._drain()
         self._make_room(lib.PYKVM_LOG_ROOM)
         return None
@@ -182,13 +193,19 @@ class Recorder(_Attached):
     def _drain(self) -> None:
         waiting, self._waiting = self._waiting, []
         self.c.waiting = 0
+        if waiting and self.c.state == lib.PYKVM_LOG_COMPLETED:
+            self._append(COMPLETE, 0, b"")
+            self.c.state = lib.PYKVM_LOG_MARKED
         for kind, address, what in waiting:
             said = self._machine.memory.read(address, what) if kind == MEMORY else what
-            self._make_room(HEAD.size + padded(len(said)))
-            head = HEAD.pack(kind, 0, 0, 0, 0, len(said), 0, address, 0)
-            record = head + said + bytes(padded(len(said)) - len(said))
-            ffi.memmove(self._room + self.c.end, record, len(record))
-            self.c.end += len(record)
+            self._append(kind, address, said)
+
+    def _append(self, kind: int, address: int, said: bytes) -> None:
+        self._make_room(HEAD.size + padded(len(said)))
+        head = HEAD.pack(kind, 0, 0, 0, 0, len(said), 0, address, 0)
+        record = head + said + bytes(padded(len(said)) - len(said))
+        ffi.memmove(self._room + self.c.end, record, len(record))
+        self.c.end += len(record)
 
     def _make_room(self, needed: int) -> None:
         if self.c.capacity - self.c.end >= needed:
@@ -248,7 +265,8 @@ class Replay(_Attached):
             raise ReplayError(_elsewhere(self.log.regs, regs))
         self._data = ffi.from_buffer("uint8_t[]", self.log.data)
         self.c.bytes, self.c.capacity, self.c.end = self._data, len(self.log.data), len(self._data)
-        self._runner.c.run.request_interrupt_window = 0
+        run = self._runner.c.run
+        run.request_interrupt_window, run.cr8 = 0, self._cr8
         self._attach()
         return self
 

@@ -12,8 +12,11 @@ enum pykvm_log_kind {
     PYKVM_LOG_EXIT = 1,      /* an exit: what the guest said, and what it was answered */
     PYKVM_LOG_REGISTERS = 2, /* registers that the host changed: `address` says which (KVM_SYNC_X86_*),
                                 `said` are all of struct kvm_sync_regs */
-    PYKVM_LOG_WINDOW = 3,    /* run->request_interrupt_window is `address` from here on */
+    PYKVM_LOG_PAGE = 3,      /* from here on run->request_interrupt_window is bit 0 of `address`, and
+                                run->cr8 is bits 8 to 11 */
     PYKVM_LOG_MEMORY = 4,    /* the host wrote `said` to the guest-physical `address`: Python's */
+    PYKVM_LOG_COMPLETE = 6,  /* the exit's instruction was completed and the guest not run: what the host
+                                did comes after that */
     PYKVM_LOG_IOCTL = 5,     /* the host made the ioctl `address` with the argument `said`: Python's */
 };
 
@@ -30,6 +33,14 @@ struct pykvm_log_record {
     uint64_t number;  /* of an exit: the how manieth, from 1 on */
 };
 
+/* How far the guest has come since its last exit: what the host may do. */
+enum pykvm_log_state {
+    PYKVM_LOG_AT_EXIT,   /* it was not entered */
+    PYKVM_LOG_COMPLETED, /* entered with immediate_exit: that is to be written down first */
+    PYKVM_LOG_MARKED,    /* and it was */
+    PYKVM_LOG_RAN,       /* somewhere: nothing that the host does now can be replayed */
+};
+
 enum pykvm_log_mode { PYKVM_LOG_RECORD = 1, PYKVM_LOG_REPLAY = 2 };
 
 enum { PYKVM_LOG_ROOM = 16384 }; /* more than what one exit may add */
@@ -44,7 +55,9 @@ struct pykvm_log {
     uint64_t exits;    /* recorded or replayed so far */
     uint32_t mode;     /* enum pykvm_log_mode */
     uint32_t waiting;  /* recording: Python has something to write down before the next entry */
-    uint32_t window;   /* run->request_interrupt_window as the log has it */
+    uint32_t page;     /* recording: the `address` of PYKVM_LOG_PAGE as KVM left it */
+    uint32_t state;    /* recording: enum pykvm_log_state */
+    uint32_t broken;   /* recording: registers were changed in PYKVM_LOG_RAN */
     uint32_t reserved;
 };
 

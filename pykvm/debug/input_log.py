@@ -32,9 +32,10 @@ MOST_BYTES = 1 << 30
 
 EXIT: int = lib.PYKVM_LOG_EXIT
 REGISTERS: int = lib.PYKVM_LOG_REGISTERS
-WINDOW: int = lib.PYKVM_LOG_WINDOW
+PAGE: int = lib.PYKVM_LOG_PAGE
 MEMORY: int = lib.PYKVM_LOG_MEMORY
 IOCTL: int = lib.PYKVM_LOG_IOCTL
+COMPLETE: int = lib.PYKVM_LOG_COMPLETE
 
 HEAD = Struct("<HHHBBIIQQ")
 """``struct pykvm_log_record``."""
@@ -67,7 +68,7 @@ class Entry:
     """A record: an exit and its answer, or what the host did between two exits.
 
     Attributes:
-        kind: EXIT, REGISTERS, WINDOW, MEMORY or IOCTL.
+        kind: EXIT, REGISTERS, PAGE, MEMORY, IOCTL or COMPLETE.
         number: of an exit: the how manieth, from 1 on.
         reason: of an exit, KVM's name without its prefix: ``io``, ``mmio``, ``hlt``.
         address: port, gpa, MSR; of an ioctl its request number.
@@ -96,8 +97,11 @@ class Entry:
         """In words, without the number."""
         if self.kind == REGISTERS:
             return f"the host set registers ({self.address:#x})"
-        if self.kind == WINDOW:
-            return f"the host {'asked' if self.address else 'asks no more'} for an interrupt window"
+        if self.kind == PAGE:
+            window = ", an interrupt window is wanted" if self.address & 1 else ""
+            return f"in the run page CR8 is {self.address >> 8}{window}"
+        if self.kind == COMPLETE:
+            return "the instruction was completed, and then:"
         if self.kind == MEMORY:
             return f"the host wrote {len(self.said)} bytes at {self.address:#x}: {_hex(self.said)}"
         if self.kind == IOCTL:
@@ -283,13 +287,13 @@ def _problem(entry: Entry) -> str:
         return "an answer to nothing"
     if entry.kind == REGISTERS and (said != _SYNC_BYTES or entry.address & ~_SYNC):
         return "no registers"
-    if entry.kind == WINDOW and (said or entry.address > 1):
-        return "no interrupt window"
+    if entry.kind == PAGE and (said or entry.address & ~0xF01):
+        return "nothing of the run page"
     if entry.kind == MEMORY and not said:
         return "no memory"
     if entry.kind == IOCTL and said != _argument(entry):
         return "an ioctl that no log has, or an argument of another size"
-    return "" if EXIT <= entry.kind <= IOCTL else f"kind {entry.kind}"
+    return "" if EXIT <= entry.kind <= COMPLETE else f"kind {entry.kind}"
 
 
 def _argument(entry: Entry) -> int:

@@ -10,7 +10,7 @@ import pytest
 
 import pykvm
 from pykvm import result as reasons
-from pykvm.debug.input_log import EXIT, IOCTL, MEMORY, REGISTERS, InputLog
+from pykvm.debug.input_log import COMPLETE, EXIT, IOCTL, MEMORY, REGISTERS, InputLog
 from pykvm.devices.access import PioAccess
 from pykvm.errors import BusyError, CapabilityError, ReplayError, SnapshotError
 
@@ -280,6 +280,53 @@ def test_a_run_in_pieces_and_one_that_was_cut_short(machine: pykvm.Machine) -> N
         # It ends at the last exit: nobody knows how far the guest came after it.
         assert machine.replay(log).code == 1
         assert machine.cpu.rip == ENTRY + 2 and machine.cpu.rbx == 0
+
+
+def test_what_the_host_does_after_a_stop_comes_after_the_instruction(
+    machine: pykvm.Machine,
+) -> None:
+    start(machine, "mov edi, 0x20000; mov ecx, 4; mov edx, 0x40; rep insb; in al, 0x50; hlt")
+    machine.on_pio(0x40, lambda access: 7)
+
+    @machine.on_pio(0x50)
+    def stop(access: PioAccess) -> int:
+        machine.stop()
+        return 0x55
+
+    with machine.snapshot() as s:
+        with machine.record() as log:
+            assert machine.run(timeout=20, max_exits=1).reason == reasons.LIMIT
+            machine.memory.write(0x20000, b"early")  # the string instruction is not yet complete
+            assert machine.run(timeout=20).reason == reasons.STOPPED
+            assert machine.memory.read(0x20000, 5) == b"\7\7\7\7y"
+            assert machine.cpu.al == 0x55  # IN is
+            machine.cpu.al = 0x66
+            machine.memory.write(0x20000, b"later")
+            assert machine.run(timeout=20).reason == reasons.HALTED
+        with machine.snapshot() as end:
+            assert machine.cpu.al == 0x66
+            s.restore()
+            machine.replay(log, timeout=20).check()
+            with machine.snapshot() as now:
+                same(end, now)
+        assert sum(entry.kind == COMPLETE for entry in log) == 1
+
+
+@pytest.mark.parametrize("what", ["memory", "registers", "ioctl"])
+def test_nothing_is_done_where_nobody_knows_how_far_the_guest_came(
+    machine: pykvm.Machine, what: str
+) -> None:
+    start(machine, "l: inc rbx; jmp l")
+    with pytest.raises(ReplayError, match="interrupted"), machine.record():
+        assert machine.run(timeout=0.02).reason == reasons.TIMEOUT
+        assert machine.run(timeout=0.02).reason == reasons.TIMEOUT  # to go on is no harm
+        if what == "memory":
+            machine.memory.u8[0x20000] = 1
+        elif what == "registers":
+            machine.cpu.rax = 1
+            machine.run(timeout=0.02)
+        else:
+            machine.cpu.vcpu.set_msrs({0xC0000102: 5})
 
 
 def test_a_guest_that_shut_down_has_shut_down_again(machine: pykvm.Machine) -> None:

@@ -52,7 +52,8 @@ HOST = st.one_of(
         st.integers(0, 1 << 40),
         st.binary(min_size=1, max_size=40),
     ),
-    st.builds(lambda on: {"kind": logs.WINDOW, "address": on}, st.integers(0, 1)),
+    st.just({"kind": logs.COMPLETE}),
+    st.builds(lambda on: {"kind": logs.PAGE, "address": on}, st.sampled_from((0, 1, 0x300))),
     st.builds(
         lambda irq: {
             "kind": logs.IOCTL,
@@ -137,7 +138,7 @@ NONSENSE = {
         logs.EXIT, reason=lib.KVM_EXIT_IO, size=2, count=1, answer=b"a", number=1
     ),
     "no registers": record(logs.REGISTERS, address=8, said=bytes(8)),
-    "no interrupt window": record(logs.WINDOW, address=2),
+    "nothing of the run page": record(logs.PAGE, address=2),
     "no memory": record(logs.MEMORY),
     "an ioctl": record(logs.IOCTL, address=lib.KVM_SET_SREGS, said=b"short"),
     "answer to nothing": record(logs.MEMORY, said=b"a", answer=b"b"),
