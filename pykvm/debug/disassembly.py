@@ -111,7 +111,7 @@ def successors(cpu: Cpu, memory: Any, planted: Planted | None) -> set[int]:
     if found is None:
         return set()
     after = address + found.size
-    if found.group(capstone.CS_GRP_RET):
+    if found.group(capstone.CS_GRP_RET) or found.group(capstone.CS_GRP_IRET):
         return {base + word for word in _words(memory, sregs, regs.rsp, bits)}
     if found.id in (x86.X86_INS_SYSCALL,):
         return {after, cpu.msr["LSTAR"]}

@@ -220,7 +220,18 @@ def test_after_branches_of_every_kind_a_step_arrives() -> None:
     d:  loop d
         jrcxz e
         ud2
-    e:  mov al, 5
+    e:  mov rax, rsp                        # and back to ring 3 by way of an interrupt frame
+        mov ecx, ss
+        push rcx
+        push rax
+        pushfq
+        mov ecx, cs
+        push rcx
+        lea rcx, [rip + f]
+        push rcx
+        iretq
+        ud2
+    f:  mov al, 5
         out 0xf4, al
     leaf:
         ret
@@ -231,4 +242,4 @@ def test_after_branches_of_every_kind_a_step_arrives() -> None:
         trace = m.instructions(limit=100)
         assert (trace.result.reason, trace.result.code) == ("stopped", 5), trace
         names = [each.text.split()[0] for each in trace.executed]
-        assert names.count("ret") == 1 and names[-1] == "out"
+        assert names.count("ret") == names.count("iretq") == 1 and names[-1] == "out"
