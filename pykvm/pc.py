@@ -14,6 +14,7 @@ from pykvm import boot as loaders
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc as places
 from pykvm.arch.x86_64.acpi import build_acpi
+from pykvm.arch.x86_64.mptable import build_mptable
 from pykvm.console import Console, readable
 from pykvm.devices.cmos import Cmos
 from pykvm.devices.i8042 import I8042
@@ -292,6 +293,9 @@ def boot(
             acpi.write(machine.memory)
             if acpi.generation_id is not None:
                 pc.put_identity(acpi.generation_id)
+        tables = build_mptable(cpus=len(machine.cpus))  # for a kernel told acpi=off
+        if machine.irqchip.has_pic and machine.memory.covers(tables.base, len(tables.blob)):
+            tables.write(machine.memory)
         cpu = machine.cpu
         cpu.enter(plan.mode, plan.entry, tables=plan.tables)
         for name, value in plan.registers.items():

@@ -10,6 +10,7 @@
     0x0009fc00  end of conventional memory; the extended BIOS data area of a PC, empty here
     0x000a0000  VGA and option ROMs on a PC: a hole in the memory map
     0x000e0000  ACPI: the RSDP, then the tables; reserved
+    0x000f0000  MP tables, for kernels that are told to do without ACPI; reserved
     0x00100000  high memory: kernels. Linux prefers 0x01000000, and says so (pref_address)
         …       initrd and modules, as high as the kernel allows, in whole pages
     0xc0000000  the hole for PCI, MMIO windows, IOAPIC and LAPIC; RAM goes on above it

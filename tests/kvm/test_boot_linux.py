@@ -55,13 +55,14 @@ def start(images: dict[str, Path], initrd: Path) -> Iterator[Start]:
         cpus: int = 1,
         memory: str = "256M",
         irqchip: str = "kernel",
+        more: str = "",
         **options: object,
     ) -> pykvm.Machine:
         if flavour not in images:
             pytest.skip(f"PYKVM_KERNELS has no {flavour} kernel")
         m = pykvm.Machine(memory, cpus=cpus, irqchip=irqchip, pit=irqchip == "kernel")
         machines.append(m)
-        cmdline = f"console=ttyS0 panic=-1 quiet do={do}"
+        cmdline = f"console=ttyS0 panic=-1 quiet do={do} {more}"
         m.boot(images[flavour], initrd=initrd, cmdline=cmdline, **options)  # type: ignore[arg-type]
         return m
 
@@ -100,6 +101,14 @@ def test_ends_are_told_apart(start: Start, do: str, reason: str) -> None:
     assert not result.ok
     with pytest.raises(pykvm.RunError):
         result.check()
+
+
+def test_without_acpi_the_mp_table_tells_of_processors_and_interrupts(start: Start) -> None:
+    m = start("reboot", flavour="generic", cpus=2, more="acpi=off")
+    result = m.run(timeout=BOOT_SECONDS)
+    text = m.console.transcript.decode()
+    assert result.reason == reasons.REBOOT, f"{result}\n{text[-2000:]}"
+    assert text.count("processor\t") == 2
 
 
 def test_what_is_typed_comes_back(start: Start) -> None:

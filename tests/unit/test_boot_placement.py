@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pykvm.arch.x86_64 import layout as cpu
+from pykvm.arch.x86_64 import pc
 from pykvm.boot import layout
 from pykvm.boot.e820 import E820, RAM, RESERVED, memory_map, normalized, ram_below
 from pykvm.boot.image import nonzero
@@ -185,6 +186,7 @@ def test_the_drawing_has_the_numbers_of_the_constants() -> None:
         layout.EBDA,
         layout.VGA,
         layout.RSDP,
+        pc.MP_BASE,
         layout.HIGH_MEMORY,
         layout.PCI_HOLE,
         layout.PCI_HOLE_END,
