@@ -237,6 +237,7 @@ int64_t pykvm_log_replay(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
         return PYKVM_DIVERGED;
     if (answer.bytes)
         memcpy(answer.at, from + padded(said.bytes), answer.bytes);
+    log->open = log->at + 1;
     pass(log, &expected);
     log->exits++;
     return PYKVM_SERVED;

@@ -291,10 +291,8 @@ class Replay(_Attached):
             return None
         if outcome == lib.PYKVM_DIVERGED:
             return End(reasons.DIVERGED, self._divergence())
-        last = ""
-        for entry in self.log:
-            last = entry.reason or last
-        self._over = last
+        if self.c.open:
+            self._over = entry_at(self.log.data, self.c.open - 1)[0].reason
         return End(reasons.REPLAYED, code=self.c.exits)
 
     def _do(self) -> None:

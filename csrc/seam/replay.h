@@ -51,7 +51,8 @@ struct pykvm_log {
     uint64_t capacity;
     uint64_t end;      /* bytes used */
     uint64_t at;       /* replaying: the next record */
-    uint64_t open;     /* recording: 1 + where the record of an exit is whose answer is to come; or 0 */
+    uint64_t open;     /* recording: 1 + where the record of an exit is whose answer is to come, or 0;
+                          replaying: of the exit that was answered last */
     uint64_t exits;    /* recorded or replayed so far */
     uint32_t mode;     /* enum pykvm_log_mode */
     uint32_t waiting;  /* recording: Python has something to write down before the next entry */

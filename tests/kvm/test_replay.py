@@ -364,6 +364,25 @@ def test_breakpoints_stop_a_replay_in_its_midst(machine: pykvm.Machine) -> None:
                 same(end, now)
 
 
+def test_a_replay_can_be_stepped_through(machine: pykvm.Machine) -> None:
+    start(machine, "in al, 0x40; mov bl, al; inc rcx; dec rdx; in al, 0x41; add rbx, rax; hlt")
+    answers = iter(range(9, 100))
+    machine.on_pio(0x40, lambda access: next(answers), count=8)
+    with machine.snapshot() as s:
+        with machine.record() as log:
+            assert machine.run(timeout=20).reason == reasons.HALTED
+        with machine.snapshot() as end:
+            s.restore()
+            with machine.replaying(log) as replay:
+                for count in (2, 1):
+                    result = machine.step(count)
+                    assert result.reason == reasons.STEP, result
+                assert (machine.cpu.bl, machine.cpu.rcx) == (9, 1)
+                assert replay.run(timeout=20).reason == reasons.REPLAYED
+            with machine.snapshot() as now:
+                same(end, now)
+
+
 # ---- refusals ----------------------------------------------------------------------------------
 
 
