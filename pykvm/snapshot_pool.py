@@ -19,9 +19,10 @@ be importable: a function of a module.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 
 from pykvm.errors import SnapshotError
 from pykvm.kvm.handle import Closing
@@ -66,7 +67,7 @@ class SnapshotPool(Closing):
             workers or os.cpu_count() or 1,
             mp_context=get_context("spawn"),
             initializer=_begin,
-            initargs=(path, snapshot.id, setup),
+            initargs=(path, snapshot.id, setup, self._folder.name if self._folder else ""),
         )
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -106,15 +107,27 @@ def _is_in(path: str, id: str) -> bool:
 _mine: list[tuple[Snapshot, Machine]] = []
 
 
-def _begin(path: str, id: str, setup: Callable[[Machine], object] | None) -> None:
+def _begin(path: str, id: str, setup: Callable[[Machine], object] | None, folder: str = "") -> None:
     import atexit
+    import threading
 
+    threading.Thread(target=_end_with_the_parent, args=(folder,), daemon=True).start()
     snapshot = Snapshot.load(path, verify=False)
     if snapshot.id != id:  # a process may be started when the pool is long at work
         raise SnapshotError(f"{path}: has become another snapshot since the pool was made")
     machine = snapshot.fork(setup, identity="keep")  # as restore() has it before each call
     atexit.register(machine.close)
     _mine.append((snapshot, machine))
+
+
+def _end_with_the_parent(folder: str) -> None:
+    """A pool whose process is killed does not leave its workers and its file behind."""
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import pykvm
 from pykvm.errors import ClosedError, SnapshotError
 from pykvm.snapshot_pool import SnapshotPool
+from tests.support.waiting import PATIENCE, is_alive, until
 
 COUNTER = 0x20000
 INPUT = 0x30000
@@ -181,6 +185,37 @@ def test_a_pool_is_of_its_snapshot_whatever_became_of_the_file(
         with SnapshotPool(s, workers=1) as pool:
             assert pool.submit(counter).result(60) == 0
         assert s.path == str(tmp_path / "file")
+
+
+KILLED = """
+import os, signal, pykvm
+from pykvm.snapshot_pool import SnapshotPool
+from tests.kvm.test_snapshot_misuse import counter, pid
+if __name__ == "__main__":
+    with pykvm.Machine("2M") as m, m.snapshot() as s, SnapshotPool(s, workers=1) as pool:
+        print(pool.submit(pid).result(60), pool._folder.name, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def pid(machine: pykvm.Machine) -> int:
+    return os.getpid()
+
+
+def test_a_pool_whose_process_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        timeout=PATIENCE,
+    )
+    assert done.returncode == -signal.SIGKILL
+    worker, folder = done.stdout.decode().split()
+    until("the worker's end", lambda: not is_alive(int(worker)))
+    assert not Path(folder).exists()
 
 
 # ---- fuzz loops ----------------------------------------------------------------------------------

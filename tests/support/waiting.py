@@ -38,3 +38,12 @@ def read(pipe: IO[bytes], size: int, seconds: float = PATIENCE) -> bytes:
             break
         found += data
     return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether there is such a process, and it has not ended."""
+    try:
+        with open(f"/proc/{pid}/status") as status:
+            return "State:\tZ" not in status.read()
+    except OSError:
+        return False
