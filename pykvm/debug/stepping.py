@@ -87,17 +87,40 @@ class Stepping:
         self.planted.remove(gpa)
 
     def _is_wanted(self, cpu: Cpu, end: Any) -> bool:
-        point = end.exit.point if isinstance(end.exit, Stop) else None
-        if point is None:
+        """Whether one of those who wanted to stop there still does, now that it can be asked."""
+        stop = end.exit if isinstance(end.exit, Stop) else None
+        if stop is None or stop.point is None:
             return True
-        condition = getattr(point, "condition", None)
-        if condition is not None and not condition(cpu):
-            point.passed += 1
+        wanted = [point for point in self._points_of(stop) if self._holds(point, cpu)]
+        if not wanted:
             return False
-        point.hits += 1
-        if isinstance(point, Breakpoint) and point.once:
-            point.delete()
+        stop.point = wanted[0]
+        for point in wanted:
+            point.hits += 1
+            if isinstance(point, Breakpoint) and point.once:
+                point.delete()
         return True
+
+    def _points_of(self, stop: Stop) -> list[Any]:
+        """The watchpoint; or all breakpoints at that place, the latest first."""
+        if stop.reason != BREAKPOINT:
+            return [stop.point]
+        gpa = stop.point.gpa
+        return [
+            point
+            for point in reversed(self.breakpoints)
+            if point is stop.point
+            or point.address == stop.address
+            or (gpa is not None and point.gpa == gpa)
+        ]
+
+    @staticmethod
+    def _holds(point: Any, cpu: Cpu) -> bool:
+        condition = getattr(point, "condition", None)
+        if condition is None or condition(cpu):
+            return True
+        point.passed += 1
+        return False
 
     # ---- steps -----------------------------------------------------------------------------------
 

@@ -116,6 +116,24 @@ def test_a_condition_lets_the_guest_go_on(made: list[pykvm.Machine]) -> None:
     assert m.run(timeout=20).reason == "stopped"
 
 
+@pytest.mark.parametrize("how", ["port", "hardware", "step"])
+@pytest.mark.parametrize("false_first", [True, False])
+def test_of_several_breakpoints_at_a_place_each_is_asked(
+    made: list[pykvm.Machine], how: str, false_first: bool
+) -> None:
+    m = make(made)
+    need(m, how)
+    if false_first:
+        never = m.breakpoint("top", lambda cpu: False, how=how)
+    third = m.breakpoint("top", lambda cpu: cpu.ebx == 2, how=how)
+    if not false_first:
+        never = m.breakpoint("top", lambda cpu: False, how=how)
+    result = m.run(timeout=20)
+    assert (result.reason, m.cpu.ebx, result.exit.point) == ("breakpoint", 2, third)
+    assert (third.hits, third.passed, never.hits, never.passed) == (1, 2, 0, 3)
+    assert m.run_until("top", timeout=20).reason == "stopped"
+
+
 def test_what_a_condition_raises_comes_through(made: list[pykvm.Machine]) -> None:
     m = make(made)
     m.breakpoint("top", lambda cpu: 1 // 0)
