@@ -183,7 +183,7 @@ class InputLog:
         """Write it to a file, which is there whole or not at all."""
         from pykvm.snapshot import atomic
 
-        with atomic.Replacing(os.fspath(path), 0o666) as fd:
+        with atomic.Replacing(os.fspath(path)) as fd:
             atomic.write_all(fd, bytes(self), 0)
 
     @classmethod

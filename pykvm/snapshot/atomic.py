@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-from _thread import get_ident
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -14,28 +13,27 @@ if TYPE_CHECKING:
 class Replacing:
     """For the length of a ``with``: a new file, which takes the place of ``path`` at its end.
 
+    It is its owner's alone (mode 0600): such files have what a guest has in memory, its keys too.
     Where the ``with`` ends by an exception it is removed, and what was at ``path`` stays.
 
     Args:
         path: of the file; of a symbolic link, what it leads to.
-        mode: who may do what with it, before the umask.
 
     Raises:
         OSError: it cannot be written there, or something is there that is no file.
     """
 
-    def __init__(self, path: str, mode: int) -> None:
+    def __init__(self, path: str) -> None:
         self._given = path
         self._path = os.path.realpath(path)
-        self._mode = mode
         if os.path.exists(self._path) and not os.path.isfile(self._path):
             raise OSError(errno.EINVAL, "is there, and is no regular file", path)
-        self._scratch = f"{self._path}.{os.getpid()}-{get_ident()}.tmp"
+        self._scratch = f"{self._path}.{os.urandom(6).hex()}.tmp"
 
     def __enter__(self) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            self._fd = os.open(self._scratch, flags, self._mode)
+            self._fd = os.open(self._scratch, flags, 0o600)
         except OSError as error:  # of the scratch file nobody knows
             raise OSError(error.errno, error.strerror, self._given) from None
         return self._fd

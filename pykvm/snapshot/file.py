@@ -66,7 +66,7 @@ def save(header: Header, image: Image, path: str, base: tuple[str, str, Image] |
     """
     if base is not None:
         _check_chain(path, base[0], base[1])
-    with atomic.Replacing(path, 0o666) as fd:
+    with atomic.Replacing(path) as fd:
         _write(fd, header, image, path, base)
 
 

@@ -74,7 +74,7 @@ def dump(image: Image, vcpus: list[VcpuState], path: str) -> None:
         ident, _ET_CORE, _EM_X86_64, 1, 0, _EHDR.size, 0, 0,
         _EHDR.size, _PHDR.size, headers, 0, 0, 0,
     )  # fmt: skip
-    with atomic.Replacing(path, 0o600) as fd:
+    with atomic.Replacing(path) as fd:
         os.ftruncate(fd, offset)
         atomic.write_all(fd, header + b"".join(table) + notes, 0)
         for part, place in zip(image.parts, places, strict=True):

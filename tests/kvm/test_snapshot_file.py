@@ -45,7 +45,9 @@ def test_it_comes_back_the_same(tmp_path: Path) -> None:
         before = bytes(m.memory[0 : 4 << 20])
         first = (tmp_path / "one").read_bytes()[:200]
         assert first.startswith(b"pykvm-snapshot 1 ") and b'"id"' in first
-        assert (tmp_path / "one").stat().st_blocks * 512 < 1 << 20  # holes
+        status = (tmp_path / "one").stat()
+        assert status.st_blocks * 512 < 1 << 20  # holes
+        assert status.st_mode & 0o777 == 0o600  # a guest's memory has its keys
         for verify in (True, False):
             with pykvm.Snapshot.load(tmp_path / "one", verify=verify) as loaded:
                 assert loaded.id == s.id and not s.diff(loaded)
