@@ -135,7 +135,7 @@ def test_the_guests_end_is_an_exit_and_a_triple_fault_is_explained() -> None:
         assert "exited with code 07" in text and how == "ended"
     with machine("ud2") as m:
         text, how = Gdb("continue", "kill").debug(m)
-        assert "SIGSEGV" in text and "triple fault" in text.lower(), text
+        assert "SIGSEGV" in text and re.search("triple.fault", text, re.I), text
 
 
 C_SOURCE = """
