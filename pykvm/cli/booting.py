@@ -5,6 +5,7 @@ Without click, and so without half of what a command's start would cost: see ``q
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import threading
@@ -111,6 +112,7 @@ def boot(
                 _say(f"pykvm: {line}")
             _say(f"pykvm: ready after {time.monotonic() - began:.3f} s")
         output.on_error = m.stop
+        gc.enable()
         commands = {b"x": lambda: m.stop(reasons.INTERRUPTED), b"b": m.console.send_break}
         with (
             _Traced(m, trace, trace_filters),

@@ -6,6 +6,7 @@ is one. Anything else is click's to read, and to explain: ``--help``, ``--json``
 
 from __future__ import annotations
 
+import gc
 import os
 import stat
 import sys
@@ -146,6 +147,7 @@ def main() -> None:
     """The entry point, ``pykvm``: ends the process with the exit code."""
     options = parse(sys.argv[2:]) if sys.argv[1:2] == ["boot"] else None
     if options is not None:
+        gc.disable()  # while modules come: they are no garbage. booting enables it for the run
         from . import booting
 
         try:

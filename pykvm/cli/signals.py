@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import signal
-
 from pykvm import result as reasons
 
 from . import exitcodes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    import signal
     from collections.abc import Callable
     from types import FrameType
     from typing import Any
 
     from pykvm.machine import Machine
+else:
+    import _signal as signal  # the same functions; signal adds enum, dear at a command's start
 
 ENDING = (signal.SIGTERM, signal.SIGHUP)
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import os
 import select
-import termios
 import threading
-import tty
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -77,6 +75,9 @@ class Terminal:
         if self._background:  # not ours to change or to read: either would stop us
             return self
         if self.is_terminal:
+            import termios
+            import tty
+
             self._before = termios.tcgetattr(self._fd)
             tty.setraw(self._fd, termios.TCSANOW)
             raw = termios.tcgetattr(self._fd)
@@ -95,6 +96,8 @@ class Terminal:
                 os.close(self._wake)
         finally:
             if self._before is not None:
+                import termios
+
                 termios.tcsetattr(self._fd, termios.TCSANOW, self._before)  # never waits
 
     def _read(self) -> None:
