@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from html import escape
+from pykvm.debug.svg import clean
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def timeline(events: list[Event], title: str = "") -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
         f'viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="11">',
         f'<rect width="{WIDTH}" height="{height}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="14">{escape(title or f"{len(events)} exits")}</text>',
+        f'<text x="{LEFT}" y="14">{clean(title or f"{len(events)} exits", 120)}</text>',
     ]
     first = min((event.time - event.inside for event in events), default=0.0)
     last = max((event.time + (event.spent or 0.0) for event in events), default=0.0)
@@ -61,8 +61,8 @@ def timeline(events: list[Event], title: str = "") -> str:
         parts.append(
             f'<rect x="{x:.0f}" y="{base + 18}" width="9" height="9" fill="{colours[reason]}"/>'
         )
-        parts.append(f'<text x="{x + 13:.0f}" y="{base + 27}">{escape(reason)}</text>')
-        x += 24 + 7 * len(reason)
+        parts.append(f'<text x="{x + 13:.0f}" y="{base + 27}">{clean(reason, 30)}</text>')
+        x += 24 + 7 * min(30, len(reason))
     return "\n".join([*parts, "</svg>"])
 
 

@@ -8,6 +8,10 @@ from pykvm.snapshot import vcpu as vcpus
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from typing import Any
+
+    from pykvm.snapshot.image import Part
     from pykvm.snapshots import Snapshot
 
 _MOST_SHOWN = 20
@@ -28,19 +32,52 @@ class Change:
         return f"cpu {self.cpu} {self.name}: {self.old:#x} → {self.new:#x}"
 
 
+class Region:
+    """A region of memory in both snapshots, whose pages are kept no longer than theirs.
+
+    Attributes:
+        gpa, pages, name: where it begins, how many pages it has, and its name.
+        old, new: bitmaps (``uint64_t[]``) of the pages that are not zeros in the one and the other.
+        differs: a bitmap of the pages that differ.
+        count: how many these are.
+    """
+
+    __slots__ = ("_part", "count", "differs", "gpa", "name", "new", "old", "pages")
+
+    def __init__(self, old: Part, new: Part, differs: Any, count: int) -> None:
+        self._part = old
+        self.gpa, self.pages, self.name = old.gpa, old.pages, old.name
+        self.old, self.new = old.held, new.held
+        self.differs, self.count = differs, count
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Runs of pages that differ: (number of the first, how many)."""
+        return self._part.runs(self.differs)
+
+
 class Diff:
     """What differs: ``pages``, guest-physical addresses in order; ``registers``; ``devices``.
+
+    Prints as text; in notebooks it is a map of memory.
 
     Attributes:
         pages: the first address of each page.
         registers: a :class:`Change` each.
         devices: names of devices whose states differ.
+        regions: a :class:`Region` each of all memory.
     """
 
-    def __init__(self, pages: list[int], registers: list[Change], devices: list[str]) -> None:
+    def __init__(
+        self,
+        pages: list[int],
+        registers: list[Change],
+        devices: list[str],
+        regions: Sequence[Region] = (),
+    ) -> None:
         self.pages = pages
         self.registers = registers
         self.devices = devices
+        self.regions = regions
 
     def __bool__(self) -> bool:
         return bool(self.pages or self.registers or self.devices)
@@ -52,6 +89,16 @@ class Diff:
         lines += [f"  device {name}" for name in self.devices]
         return "\n".join(lines)
 
+    def _repr_svg_(self) -> str:
+        from pykvm.snapshot.picture import svg
+
+        return svg(self)
+
+    def _repr_html_(self) -> str:
+        from pykvm.snapshot.picture import html
+
+        return html(self)
+
 
 def diff(old: Snapshot, new: Snapshot) -> Diff:
     """See ``Snapshot.diff``.
@@ -59,11 +106,17 @@ def diff(old: Snapshot, new: Snapshot) -> Diff:
     Raises:
         SnapshotError: their memory maps differ.
     """
+    regions = [
+        Region(part, other, bitmap, count)
+        for (part, bitmap, count), other in zip(
+            images.differing(old.image, new.image), new.image.parts, strict=True
+        )
+    ]
     pages = [
-        part.gpa + (first + number) * PAGE_SIZE
-        for part, bitmap, count in images.differing(old.image, new.image)
-        if count
-        for first, length in part.runs(bitmap)
+        region.gpa + (first + number) * PAGE_SIZE
+        for region in regions
+        if region.count
+        for first, length in region.runs()
         for number in range(length)
     ]
     registers = [
@@ -73,4 +126,4 @@ def diff(old: Snapshot, new: Snapshot) -> Diff:
     ]
     names = sorted({*old.devices, *new.devices})
     devices = [name for name in names if old.devices.get(name) != new.devices.get(name)]
-    return Diff(pages, registers, devices)
+    return Diff(pages, registers, devices, regions)

@@ -39,6 +39,12 @@ def test_tracing(run: Any, tmp_path: Path) -> None:
     assert (tmp_path / "timeline.svg").read_text().startswith("<svg")
 
 
+def test_snapshots(run: Any, tmp_path: Path) -> None:
+    (program,) = (text for text in programs("snapshots.md") if "diff.svg" in text)
+    assert "cpu 0 regs.rdi: 0x0 → 0x68000" in run(program)
+    assert (tmp_path / "diff.svg").read_text() == (DOCS / "pictures/diff.svg").read_text()
+
+
 def test_determinism(run: Any) -> None:
     (program,) = programs("determinism.md")
     lines = run(program).splitlines()

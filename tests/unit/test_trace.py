@@ -327,11 +327,11 @@ def test_a_summary_of_nothing_is_a_summary() -> None:
 
 
 def test_the_timeline_is_svg_of_bounded_size_with_a_lane_for_each_cpu() -> None:
-    events = [Event(n * 1e-5, n % 3, "io<&>", spent=1e-6) for n in range(20_000)]
+    events = [Event(n * 1e-5, n % 3, "io<&>\x01", spent=1e-6) for n in range(20_000)]
     svg = Recording(events).summary()._repr_svg_()
     assert len(svg) < 500_000
     texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
-    assert {"vcpu 0", "vcpu 1", "vcpu 2", "io<&>"} <= set(texts)
+    assert {"vcpu 0", "vcpu 1", "vcpu 2", "io<&>·"} <= set(texts)
 
 
 def test_a_notebook_gets_html_with_the_picture_in_it() -> None:
