@@ -149,7 +149,7 @@ def find_blocks(
     """
     import capstone
 
-    from pykvm.debug.disassembly import engine
+    from pykvm.debug.disassembly import branches, engine
 
     disassembler = engine(bits)
     end = address + len(code)
@@ -165,11 +165,11 @@ def find_blocks(
             if found is None:
                 break
             sizes[at] = found.size
-            branches = found.group(capstone.CS_GRP_JUMP) or found.group(capstone.CS_GRP_CALL)
+            elsewhere = branches(found)
             ends = found.group(capstone.CS_GRP_RET) or found.group(capstone.CS_GRP_IRET)
-            if branches or ends or found.mnemonic in ("hlt", "ud2"):
+            if elsewhere or ends or found.mnemonic in ("hlt", "ud2"):
                 enders.add(at)
-                operand = found.operands[0] if branches and found.operands else None
+                operand = found.operands[0] if elsewhere and found.operands else None
                 if operand is not None and operand.type == capstone.x86.X86_OP_IMM:
                     waiting.append(operand.imm)
                 if not ends and found.mnemonic not in ("jmp", "hlt", "ud2"):

@@ -94,6 +94,17 @@ def instruction(memory: Any, sregs: Any, address: int, planted: Planted | None) 
     return Instruction(address, code[:1], "(bad)")
 
 
+def branches(found: Any) -> bool:
+    """Whether an instruction may go elsewhere, but for returns.
+
+    To capstone LOOP is no jump, but relative; an indirect jump is one, and not relative.
+    """
+    import capstone
+
+    groups = capstone.CS_GRP_JUMP, capstone.CS_GRP_CALL, capstone.CS_GRP_BRANCH_RELATIVE
+    return any(found.group(group) for group in groups)
+
+
 def successors(cpu: Cpu, memory: Any, planted: Planted | None) -> set[int]:
     """Linear addresses of all instructions that may come after the next one of a vCPU.
 
@@ -115,7 +126,7 @@ def successors(cpu: Cpu, memory: Any, planted: Planted | None) -> set[int]:
         return {base + word for word in _words(memory, sregs, regs.rsp, bits)}
     if found.id in (x86.X86_INS_SYSCALL,):
         return {after, cpu.msr["LSTAR"]}
-    if not (found.group(capstone.CS_GRP_JUMP) or found.group(capstone.CS_GRP_CALL)):
+    if not branches(found):
         return {after}
     operand = found.operands[0]
     if operand.type == x86.X86_OP_IMM:

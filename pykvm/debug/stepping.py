@@ -171,6 +171,8 @@ class Stepping:
                 self._arm(cpu, step=True)
                 _, end = go([cpu], deadline, 1)
                 if end.reason != LIMIT:
+                    if end.reason == HALTED and isinstance(end.exit, Stop):  # told as a step
+                        self._have_halted(cpu, deadline, go)
                     return end
                 if self.address(cpu) != self._before[index]:
                     # Complete, but for what KVM does before it enters the guest.
@@ -181,6 +183,19 @@ class Stepping:
         finally:
             del self._looks[index]
             self._arm(cpu)
+
+    def _have_halted(self, cpu: Cpu, deadline: int, go: Go) -> None:
+        """Execute a HLT again that was told of as a step, unstepped.
+
+        The KVM that emulated it still means to halt, and would after whatever it emulates next:
+        a later run would end there, as "halted" (kvm-pvm; ``halt_request`` in KVM's x86.c).
+        """
+        cpu.load_regs().rip -= 1
+        cpu.dirty(REGS)
+        unarmed = 0, (0,) * 8
+        cpu.vcpu.set_guest_debug(*unarmed)
+        self._armed[cpu.index] = unarmed
+        go([cpu], deadline, 1)
 
     def cannot_decode(self, cpu: Cpu) -> str:
         """Why instructions cannot be told apart here: "" if they can."""

@@ -9,6 +9,7 @@ import pytest
 
 import pykvm
 from pykvm.debug.coverage import Block, find_blocks
+from pykvm.debug.disassembly import successors
 from pykvm.errors import CapabilityError
 from tests.support.stops import COUNT, ENTRY, MODES, machine
 
@@ -72,6 +73,18 @@ def blocks_of(m: pykvm.Machine, mode: str = "long64") -> list[Block]:
     bits = {"real16": 16, "prot32": 32, "long64": 64}[mode]
     end = m.resolve("leaf") + 3
     return find_blocks(m.mem.read(ENTRY, end - ENTRY), ENTRY, bits)
+
+
+def test_a_loop_leads_back_and_on() -> None:
+    pytest.importorskip("capstone")
+    with machine("mov ecx, 2; top: inc ebx; loop top; behind: hlt", "prot32") as m:
+        code = m.mem.read(ENTRY, m.resolve("behind") + 1 - ENTRY)
+        blocks = find_blocks(code, ENTRY, 32)
+        names = [m.symbols.name(block.address) for block in blocks]
+        assert names[1:] == ["top", "behind"]
+        m.cpu.rip = blocks[2].address - 2
+        after = successors(m.cpu, m.mem, None)
+        assert after == {m.resolve("top"), m.resolve("behind")}
 
 
 @in_every_mode

@@ -176,6 +176,17 @@ def test_a_step_that_meets_the_end_says_so(made: list[pykvm.Machine]) -> None:
     assert m.step(10).reason == "halted"
 
 
+def test_a_halt_that_was_stepped_to_is_over(made: list[pykvm.Machine]) -> None:
+    m = make(made, "inc ebx; inc ebx; inc ebx; hlt")
+    need_steps(m)
+    assert m.step(10).reason == "halted" and m.cpu.rip == ENTRY + 7
+    m.cpu.enter("long64", entry=ENTRY)
+    m.breakpoint(ENTRY)  # it is stepped over, and KVM told to go on
+    assert m.run(timeout=20).reason == "breakpoint"
+    assert m.run(timeout=20).reason == "halted"
+    assert (m.cpu.rip, m.cpu.ebx) == (ENTRY + 7, 6)
+
+
 def test_steps_of_one_vcpu_leave_the_others_where_they_are(made: list[pykvm.Machine]) -> None:
     m = make(made, cpus=2)
     need_steps(m)
