@@ -42,6 +42,8 @@ class Block:
 class Coverage(Span):
     """Blocks that were reached, from ``with`` to its end. Made by ``Machine.coverage()``.
 
+    In notebooks it is a picture: blocks by address, in the order in which they were reached.
+
     Attributes:
         blocks: all of them, by address.
         hit: addresses of those that were reached, in the order in which they were.
@@ -129,6 +131,11 @@ class Coverage(Span):
         """Write :meth:`drcov` to a file."""
         with open(path, "wb") as file:
             file.write(self.drcov(name))
+
+    def _repr_svg_(self) -> str:
+        from pykvm.debug.walk import of_coverage
+
+        return of_coverage(self, self._debugger.symbols)
 
     def __repr__(self) -> str:
         return f"<Coverage {len(self.hit)} of {len(self.blocks)} blocks>"

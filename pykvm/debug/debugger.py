@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pykvm.cpu import Cpu
     from pykvm.debug.stepping import Go, Look
     from pykvm.debugging import Debugging
+    from pykvm.symbols import Symbols
 
 
 class Debugger(Stepping):
@@ -38,6 +39,11 @@ class Debugger(Stepping):
         self._steps: tuple[Cpu, Look] | None = None
         for cpu in self.cpus:
             cpu._runner.debug = self
+
+    @property
+    def symbols(self) -> Symbols:
+        """The machine's names for addresses."""
+        return self._machine.symbols
 
     # ---- what there is to stop at ----------------------------------------------------------------
 

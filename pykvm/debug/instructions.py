@@ -48,7 +48,7 @@ class Executed:
 
 
 class InstructionTrace:
-    """What one vCPU executed; prints as a listing.
+    """What one vCPU executed; prints as a listing, in notebooks it is a picture of the walk.
 
     Attributes:
         executed: the instructions, in order.
@@ -73,6 +73,11 @@ class InstructionTrace:
         return "\n".join([*lines, str(self.result)])
 
     __repr__ = __str__
+
+    def _repr_svg_(self) -> str:
+        from pykvm.debug.walk import of_instructions
+
+        return of_instructions(self, self._symbols)
 
 
 def registers(cpu: Cpu) -> dict[str, int]:

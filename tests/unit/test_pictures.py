@@ -1,4 +1,4 @@
-"""Pictures of memory: well-formed, of bounded size, and true, whatever they are of."""
+"""Pictures of memory and of execution: well-formed, bounded, and true, whatever it is."""
 
 from __future__ import annotations
 
@@ -10,16 +10,20 @@ from hypothesis import strategies as st
 
 from pykvm._abi import ffi
 from pykvm.debug import svg
+from pykvm.debug.coverage import Coverage
+from pykvm.debug.walk import ROWS, of_coverage, walk
 from pykvm.memory.units import PAGE_SIZE
 from pykvm.snapshot import picture
 from pykvm.snapshot.diff import Change, Diff, Region
 from pykvm.snapshot.image import Part
+from pykvm.symbols import Symbols
 
 NAMES = st.text(max_size=80)
 
 
 def texts(drawn: str) -> list[str]:
-    return [each.text for each in ElementTree.fromstring(drawn).iter() if each.text]
+    found = (each.text for each in ElementTree.fromstring(drawn).iter())
+    return [line for line in found if line and line.strip()]
 
 
 def region(
@@ -154,3 +158,69 @@ def test_no_difference_is_a_picture_too() -> None:
     told = texts(Diff([], [], [])._repr_svg_())
     assert "0 of 0 pages, 0 registers are different" in told
     assert "<table>" not in Diff([], [], [])._repr_html_()
+
+
+# ---- the walk ------------------------------------------------------------------------------------
+
+
+def coverage(blocks: list[tuple[int, int] | int], hit: list[int]) -> Coverage:
+    made = Coverage(None, blocks)  # type: ignore[arg-type]  # nothing is planted
+    made.hit = dict.fromkeys(hit)
+    return made
+
+
+def test_blocks_stand_by_address_with_the_order_in_which_they_were_reached() -> None:
+    symbols = Symbols({"main<&>": 0x1000, "leaf": 0x2000})
+    told = texts(
+        of_coverage(coverage([(0x2000, 3), (0x1000, 7), 0x1008], [0x1000, 0x2000]), symbols)
+    )
+    assert told[0] == "2 of 3 blocks were reached"
+    rows = [told[at + 1 :] for at in (told.index("0x1000"), told.index("0x1008"))]
+    assert rows[0][:3] == ["main<&>", "7 bytes", "no. 1"]
+    assert rows[1][:2] == ["main<&>+0x8", "not reached"]
+    assert told[told.index("0x2000") :][:4] == ["0x2000", "leaf", "3 bytes", "no. 2"]
+
+
+def test_of_many_blocks_a_row_is_several() -> None:
+    blocks = list(range(0x1000, 0x1000 + 16 * 5 * ROWS, 16))
+    told = texts(of_coverage(coverage([*blocks], blocks[:7]), Symbols({})))
+    assert told.count("0 of 5") == ROWS - 2 and "5 of 5" in told and "2 of 5" in told
+
+
+def rectangles(drawn: str) -> list[str]:
+    paths = [each.get("d") or "" for each in ElementTree.fromstring(drawn).iter()]
+    return [part for each in paths for part in each.split("M")[1:] if part.endswith("z")]
+
+
+def test_a_mark_is_as_high_as_the_share_of_its_steps() -> None:
+    steps = [0, 0, 0, 1] * 240  # four to a column, all columns alike
+    drawn = walk({0: "a", 1: "b"}, steps, None, "", "", lambda _, count: str(count))
+    lanes_and_marks = rectangles(drawn)
+    assert len(lanes_and_marks) == 4  # alike, so one rectangle
+    assert [part.split("v")[1].split("h")[0] for part in lanes_and_marks] == ["12", "12", "9", "3"]
+    assert {"720", "240", "960"} <= set(texts(drawn))
+
+
+@settings(deadline=None)
+@given(
+    st.dictionaries(st.integers(0, 2**64 - 1), NAMES, max_size=100),
+    st.lists(st.integers(0, 2**32), max_size=400),
+    st.dictionaries(NAMES, st.integers(0, 2**64 - 1), max_size=20),
+    NAMES,
+)
+def test_any_walk_is_a_picture_of_bounded_size(
+    places: dict[int, str], choices: list[int], symbols: dict[str, int], title: str
+) -> None:
+    addresses = sorted(places)
+    steps = [addresses[n % len(addresses)] for n in choices] if addresses else []
+    drawn = walk(places, steps, Symbols(symbols), title, "steps", lambda _, count: str(count))
+    assert int(ElementTree.fromstring(drawn).get("height") or 0) < 700
+    assert len(drawn) < 300_000
+
+
+def test_the_longest_walk_is_no_larger_a_picture() -> None:
+    places = dict.fromkeys(range(10_000), "nop")
+    steps = [n * 7919 % 10_000 for n in range(200_000)]  # everywhere all the time
+    drawn = walk(places, steps, None, "", "", lambda _, count: str(count))
+    assert len(drawn) < 300_000
+    ElementTree.fromstring(drawn)
