@@ -172,7 +172,7 @@ class Stepping:
                 _, end = go([cpu], deadline, 1)
                 if end.reason != LIMIT:
                     if end.reason == HALTED and isinstance(end.exit, Stop):  # told as a step
-                        self._have_halted(cpu, deadline, go)
+                        return self._have_halted(cpu, end, deadline, go)
                     return end
                 if self.address(cpu) != self._before[index]:
                     # Complete, but for what KVM does before it enters the guest.
@@ -184,7 +184,7 @@ class Stepping:
             del self._looks[index]
             self._arm(cpu)
 
-    def _have_halted(self, cpu: Cpu, deadline: int, go: Go) -> None:
+    def _have_halted(self, cpu: Cpu, end: Any, deadline: int, go: Go) -> Any:
         """Execute a HLT again that was told of as a step, unstepped.
 
         The KVM that emulated it still means to halt, and would after whatever it emulates next:
@@ -195,7 +195,9 @@ class Stepping:
         unarmed = 0, (0,) * 8
         cpu.vcpu.set_guest_debug(*unarmed)
         self._armed[cpu.index] = unarmed
-        go([cpu], deadline, 1)
+        _, again = go([cpu], deadline, 1)
+        # A timeout or a stop may come before it: then it stands at its HLT, and has not halted.
+        return end if again.reason in (HALTED, LIMIT) else again
 
     def cannot_decode(self, cpu: Cpu) -> str:
         """Why instructions cannot be told apart here: "" if they can."""
