@@ -119,6 +119,7 @@ def test_settle_ends_also_where_there_is_always_more(io: IoThread, bell: int) ->
     io.add(bell, lambda: os.eventfd_write(bell, 1))
     os.eventfd_write(bell, 1)
     assert io.settle()
+    io.remove(bell)
 
 
 def test_what_a_callback_raises_is_told_and_it_goes_on(bell: int) -> None:
