@@ -185,3 +185,15 @@ void pykvm_vcpu_stop(struct pykvm_vcpu *vcpu)
     if (tid && !own)
         syscall(SYS_tgkill, getpid(), tid, pykvm_kick_signal());
 }
+
+int pykvm_complete(struct pykvm_vcpu *vcpu)
+{
+    uint8_t *flag = &vcpu->run->immediate_exit;
+    /* A signal may set 1 meanwhile, for the next run to see: only what is ours is taken back. */
+    uint8_t nobody = 0, ours = 2;
+    __atomic_compare_exchange_n(flag, &nobody, ours, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    int error = vcpu->enter(vcpu);
+    __atomic_compare_exchange_n(flag, &ours, 0, 0, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    vcpu->entries++;
+    return error;
+}

@@ -37,6 +37,8 @@ void pykvm_bus_answer(struct pykvm_vcpu *vcpu, uint64_t answer);
 /* Set the thread's timer to the deadline, or to the heartbeat if that comes first. */
 void pykvm_kick_arm(struct pykvm_vcpu *vcpu);
 int64_t pykvm_now(void);
+/* Have KVM complete the last exit's instruction, and no more: -EINTR if it did. */
+int pykvm_complete(struct pykvm_vcpu *vcpu);
 /* Around every KVM_RUN of a vCPU that has `events`, and at the end of its run.  They are handed in:
    another thread may take vcpu->events away at any time. */
 void pykvm_events_enter(struct pykvm_vcpu *vcpu, struct pykvm_events *events);

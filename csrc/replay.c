@@ -178,21 +178,6 @@ static void pass(struct pykvm_log *log, const struct pykvm_log_record *record)
     log->at += HEAD + padded(record->said) + padded(record->answered);
 }
 
-/* Have KVM complete the last exit's instruction, and no more: whether it did. */
-static int complete(struct pykvm_vcpu *vcpu)
-{
-    struct kvm_run *run = vcpu->run;
-    /* A signal may set 1 meanwhile, for the next run to see: only what is ours is taken back. */
-    uint8_t nobody = 0, ours = 2;
-    __atomic_compare_exchange_n(&run->immediate_exit, &nobody, ours, 0, __ATOMIC_SEQ_CST,
-                                __ATOMIC_SEQ_CST);
-    int error = vcpu->enter(vcpu);
-    __atomic_compare_exchange_n(&run->immediate_exit, &ours, 0, 0, __ATOMIC_SEQ_CST,
-                                __ATOMIC_SEQ_CST);
-    vcpu->entries++;
-    return error == -EINTR;
-}
-
 static int64_t replay_entry(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
 {
     struct kvm_run *run = vcpu->run;
@@ -212,7 +197,7 @@ static int64_t replay_entry(struct pykvm_vcpu *vcpu, struct pykvm_log *log)
             run->cr8 = record.address >> 8 & 15;
             break;
         case PYKVM_LOG_COMPLETE:
-            if (!complete(vcpu))
+            if (pykvm_complete(vcpu) != -EINTR)
                 return PYKVM_DIVERGED;
             break;
         default:

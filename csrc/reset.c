@@ -145,15 +145,7 @@ static int complete(struct pykvm_vcpu *vcpu)
     if (run->exit_reason == KVM_EXIT_HLT || run->exit_reason == KVM_EXIT_SHUTDOWN)
         return 0; /* nothing is open */
     run->kvm_dirty_regs = 0;
-    /* A signal may set 1 meanwhile, for the next run to see: only what is ours is taken back. */
-    uint8_t nobody = 0, ours = 2;
-    __atomic_compare_exchange_n(&run->immediate_exit, &nobody, ours, 0, __ATOMIC_SEQ_CST,
-                                __ATOMIC_SEQ_CST);
-    int error = vcpu->enter(vcpu);
-    __atomic_compare_exchange_n(&run->immediate_exit, &ours, 0, 0, __ATOMIC_SEQ_CST,
-                                __ATOMIC_SEQ_CST);
-    vcpu->entries++;
-    return error == -EINTR ? 0 : -EAGAIN;
+    return pykvm_complete(vcpu) == -EINTR ? 0 : -EAGAIN;
 }
 
 static int call(struct pykvm_reset_call *each, int64_t *result)

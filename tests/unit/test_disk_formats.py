@@ -105,6 +105,7 @@ def test_the_daemon_ends_when_its_user_is_killed(tmp_path: Path) -> None:
             return False
 
     until("the image is free again", free)
+    assert free()
 
 
 # ---- block devices -----------------------------------------------------------------------------

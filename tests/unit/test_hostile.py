@@ -50,12 +50,16 @@ def test_queue_and_model_agree_whatever_a_driver_does() -> None:
 
 @pytest.mark.sanitize
 def test_devices_and_model_agree_whatever_a_driver_does() -> None:
+    steps: set[str] = set()
+    kinds: set[str] = set()
     for seed in range(60):
         driver = HostileDriver(Random(seed))
-        for _ in range(STEPS):
-            driver.step()
+        steps |= {driver.step() for _ in range(STEPS)}  # Mismatch, where they do not agree
         driver.prove()
+        assert driver.device.counters.requests > 0
+        kinds.add(driver.kind)
         driver.close()
+    assert len(kinds) == 4 and len(steps) >= 9
 
 
 @needs_gcc

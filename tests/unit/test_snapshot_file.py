@@ -136,7 +136,7 @@ def test_a_forged_header_is_refused_or_makes_sense(saved: Path, data: st.DataObj
         _, image = files.load(str(target), data.draw(st.booleans()))
     except SnapshotError:
         return
-    contents(image)
+    assert [len(each) for each in contents(image)] == [part.size for part in image.parts]
     image.close()
 
 
