@@ -23,6 +23,10 @@ from tests.support.leaks import Holdings, assert_nothing_left
 if TYPE_CHECKING:
     from pykvm.kvm import Kvm, Vcpu, Vm
 
+# Where pytest sees this it explains every difference in full: of two disk images, for minutes,
+# until the watchdog ends the run. What CI means to Hypothesis is in tests/unit/conftest.py.
+ON_CI = bool(os.environ.pop("CI", "") + os.environ.pop("BUILD_NUMBER", ""))
+
 _HERE = Path(__file__).parent
 _NEED_KVM = (_HERE / "kvm", _HERE / "guests")
 _STDERR = pytest.StashKey[TextIO]()

@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from hypothesis.internal.conjecture import engine
 
 from pykvm.doctor.host import Tree
+from tests.conftest import ON_CI
 from tests.support.disk_io import content
 from tests.support.ports import Ports
 
@@ -20,10 +21,12 @@ from tests.support.ports import Ports
 # example is made smaller for up to five minutes, and then explained, at a tenth of the speed.
 engine.MAX_SHRINKING_SECONDS = 20
 
-# On an emulated or busy machine wall time says nothing about the code under test.
+# On an emulated or busy machine wall time says nothing about the code under test. CI takes the same
+# examples each time, so that a change is judged by what it changed; every other run looks for more.
 settings.register_profile(
     "pykvm",
     deadline=None,
+    derandomize=ON_CI,
     print_blob=True,
     phases=[phase for phase in Phase if phase != Phase.explain],
 )
