@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pykvm.errors import PykvmError
-from pykvm.kvm.flex import from_bytes, to_bytes
+from pykvm.kvm.flex import CPUID_ENTRY_SIZE, from_bytes, to_bytes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -25,8 +25,25 @@ def as_text(cpu: Cpu) -> list[str] | None:
     return [to_bytes(entry).hex() for entry in cpu.supported] or None
 
 
+def check(text: list[str] | None) -> None:
+    """ValueError or TypeError unless a file's leaves are what :func:`as_text` makes. Asks no KVM.
+
+    All at once: a snapshot that is loaded to run has no time for one after the other.
+    """
+    if text is None:
+        return
+    size = CPUID_ENTRY_SIZE
+    data = bytes.fromhex("".join(text)) if type(text) is list else b""  # of blanks, nothing
+    if not data or len(data) != len(text) * size or {*map(len, text)} != {2 * size}:
+        raise ValueError("its CPUID leaves are none")
+
+
 def entries(text: list[str] | None) -> Any:
-    """What ``Machine(cpuid=)`` takes for it: "host" where that is the same."""
+    """What ``Machine(cpuid=)`` takes for it: "host" where that is the same. Asks KVM.
+
+    Raises:
+        CapabilityError: there is no usable KVM.
+    """
     if text is None:
         return None
     from pykvm.host import open_kvm

@@ -53,7 +53,8 @@ class Snapshot(Closing):
     reference to it, or with :meth:`close`.
 
     Attributes:
-        options: what the machine was made with, see ``Machine.options``.
+        options: what the machine was made with, see ``Machine.options``; of one from a file the
+            CPUID leaves are as in :attr:`cpuid`.
         vcpus: the state of each vCPU.
         vm: the state of the VM, KVM's structures by name.
         devices: the state of every device, by its first port or address.
@@ -185,7 +186,10 @@ class Snapshot(Closing):
         memory = GuestMemory()
         try:
             self.image.map_into(memory)
-            machine = Machine(memory, **self.options)
+            options = self.options
+            if self.loaded:
+                options = {**options, "cpuid": cpuid_of.entries(self.cpuid)}
+            machine = Machine(memory, **options)
         except BaseException:
             memory.close()
             raise
@@ -277,6 +281,8 @@ class Snapshot(Closing):
     def load(cls, path: str | os.PathLike[str], *, verify: bool = True) -> Snapshot:
         """Read a file that :meth:`save` wrote. :meth:`fork` makes a machine of it.
 
+        All but that needs no KVM: what was the matter with a guest can be seen anywhere.
+
         Args:
             path: the file.
             verify: read all pages there are and compare their checksums. Else pages are read as the
@@ -292,7 +298,7 @@ class Snapshot(Closing):
         try:
             options = dict(header["options"])
             cpuid = options["cpuid"]
-            options["cpuid"] = cpuid_of.entries(cpuid)
+            cpuid_of.check(cpuid)
             options["path"] = "/dev/kvm"
             made = cls(
                 options,

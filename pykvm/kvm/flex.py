@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .handle import Handle
 
 CPUID_ENTRIES = 128  # of today's kernels, 40 to 80 are used
+CPUID_ENTRY_SIZE: int = ffi.sizeof("struct kvm_cpuid_entry2")
 _UNWRITTEN = b"\xff" * 28 + bytes(12)  # no CPUID leaf; its padding must be zero
 MAX_LIST = 1 << 16  # no list of KVM is longer; a kernel that wants more is not answering sensibly
 MSRS_PER_CALL = 255  # MAX_IO_MSRS of arch/x86/kvm/x86.c is 256, and KVM takes fewer than that

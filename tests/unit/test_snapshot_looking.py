@@ -1,0 +1,107 @@
+"""Snapshots where there is no KVM: all but making a machine of them works."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pykvm._abi import ffi
+from pykvm.errors import CapabilityError, SnapshotError
+from pykvm.memory import GuestMemory
+from pykvm.snapshot import image as images
+from pykvm.snapshot import vmcore
+from pykvm.snapshot.vcpu import VcpuState
+from pykvm.snapshots import Snapshot
+
+OPTIONS = {
+    "cpus": 1, "irqchip": None, "pit": False, "pic": "reset", "features": "", "cpuid": "host",
+    "path": "/dev/kvm",
+}  # fmt: skip
+LEAF = "0d000000" + "00" * 36
+
+
+@pytest.fixture(autouse=True)
+def no_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens /dev/kvm is told that there is none."""
+    real = os.open
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> int:
+        if path == "/dev/kvm":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", refuse)
+
+
+def snapshot(memory: GuestMemory, rip: int) -> Snapshot:
+    structs = {
+        "regs": ffi.new("struct kvm_regs *", {"rip": rip}),
+        "sregs": ffi.new("struct kvm_sregs *", {"cr3": 0x2000}),
+    }
+    state = VcpuState({n: bytes(ffi.buffer(each)) for n, each in structs.items()}, {1: 2}, None)
+    image = images.capture(memory)
+    made = Snapshot(dict(OPTIONS), [state], {}, {"0x3f8": {"lcr": 3}}, [], [(True, "")], image)
+    made.cpuid = [LEAF]
+    return made
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """Two snapshots in files, the second built upon the first."""
+    with GuestMemory("64K") as memory:
+        memory.write(0x1000, b"before")
+        with snapshot(memory, 0x8000) as first:
+            first.save(tmp_path / "first")
+            memory.write(0x1000, b"after")
+            with snapshot(memory, 0x8005) as second:
+                second.save(tmp_path / "second", base=first)
+    return tmp_path
+
+
+def test_all_can_be_looked_at(saved: Path) -> None:
+    with Snapshot.load(saved / "first") as first, Snapshot.load(saved / "second") as second:
+        assert first.options["cpus"] == 1 and first.cpuid == [LEAF] and first.cpus == [(True, "")]
+        assert first.regs().rip == 0x8000 and second.sregs().cr3 == 0x2000
+        assert first.read(0x1000, 6) == b"before" and second.read(0x1000, 6) == b"aftere"
+        assert first.devices == {"0x3f8": {"lcr": 3}} and "64K" in repr(first)
+        difference = first.diff(second)
+        assert difference.pages == [0x1000] and "rip: 0x8000 → 0x8005" in repr(difference)
+        second.dump(saved / "core")
+        fd = os.open(saved / "core", os.O_RDONLY)
+        try:
+            (cpu,) = vmcore.read(fd, "it").cpus
+        finally:
+            os.close(fd)
+        assert cpu["rip"] == 0x8005 and cpu["cr3"] == 0x2000
+        second.save(saved / "whole")  # a chain made one file again
+    with Snapshot.load(saved / "whole") as whole:
+        assert whole.read(0x1000, 6) == b"aftere" and whole.cpuid == [LEAF]
+
+
+def test_a_machine_of_it_is_refused_with_the_remedy(saved: Path) -> None:
+    with Snapshot.load(saved / "first") as first:
+        for _ in range(2):
+            before = os.listdir("/proc/self/fd")
+            with pytest.raises(CapabilityError, match="/dev/kvm"):
+                first.fork()
+            assert os.listdir("/proc/self/fd") == before
+        assert first.read(0x1000, 6) == b"before"
+
+
+@pytest.mark.parametrize(
+    "leaves", [[], 7, [7], "00", [LEAF, LEAF[:-2]], ["zz" * 40], [" " * 80], [LEAF[:-2] + "  "]]
+)
+def test_leaves_that_are_none_are_refused_when_it_is_loaded(saved: Path, leaves: Any) -> None:
+    from tests.unit.test_snapshot_file import forged
+
+    def change(header: Any) -> None:
+        header["options"]["cpuid"] = json.loads(json.dumps(leaves))
+
+    (saved / "forged").write_bytes(forged((saved / "first").read_bytes(), change))
+    with pytest.raises(SnapshotError, match="the header does not make sense"):
+        Snapshot.load(saved / "forged")
