@@ -257,7 +257,8 @@ class Cpu(GeneralRegisters):
             ValueError: unknown mode, entry out of reach for it, and the like.
             GuestMemoryError: the tables do not lie in RAM.
         """
-        if self._runner.c.entries or self.index:  # but the first, all may wait for a start-up IPI
+        c = self._runner.c  # but the first, all may wait for a start-up IPI
+        if c.entries or self.index or c.access.pending:
             self._forget_history()
         # One machine after the other is entered alike: what that made is copied then.
         key = None if options else (mode, entry, ring, iopl, stack, tables, self._gigapages)

@@ -219,6 +219,7 @@ class _Fuzzer:
             if len(data) > self._size:
                 raise ValueError(f"an input of {len(data)} bytes does not fit size={self._size}")
         self._begin_anew()
+        runner.c.access.pending = lib.PYKVM_IDLE  # what the snapshot left untold is of no input
         claim = None if self._until is None else machine.pio.stop(self._until, tag=UNTIL)
         joined = b"".join(inputs)
         ends, end = [], 0

@@ -27,7 +27,8 @@ class SnapshotMethods:
         """All of the machine as it is now: memory, vCPUs, interrupt controllers, clocks, devices.
 
         An access that the guest has not finished (it was stopped in a handler, say) is finished
-        first, with all ones for a read that nobody answered.
+        first, with all ones for a read that nobody answered. Of what nobody has seen yet, another
+        vCPU's write to a debug-exit port, say, the next run is still told.
 
         Raises:
             BusyError: it runs.

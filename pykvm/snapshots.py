@@ -29,6 +29,7 @@ from pykvm.snapshot import devices as devices_of
 from pykvm.snapshot import identity as identities
 from pykvm.snapshot import image as images
 from pykvm.snapshot import served as served_by
+from pykvm.snapshot import unseen as unseen_by
 from pykvm.snapshot import vcpu as vcpus
 from pykvm.snapshot import vm as vms
 from pykvm.snapshot.reset import Plan, Tracking
@@ -63,6 +64,7 @@ class Snapshot(Closing):
         cpus: of each vCPU, whether it was entered and why it cannot go on.
         halted: indices of those that have halted, and wait for the others to.
         is_pc: whether it was booted, and so has the devices of a PC.
+        unseen: by index, what a vCPU wrote that no run has told of; the next one does.
         image: its memory.
         identity: where in it the guest's VM generation ID is, or None.
         id: 32 hexadecimal digits that no other snapshot has.
@@ -92,6 +94,7 @@ class Snapshot(Closing):
         self.claims = claims
         self.cpus = cpus
         self.halted: list[int] = []
+        self.unseen: dict[int, dict[str, Any]] = {}
         self.image = image
         self.is_pc = is_pc
         self.id = id or os.urandom(16).hex()
@@ -159,6 +162,8 @@ class Snapshot(Closing):
         for index in self.halted:
             machine.cpus[index].flush()  # registers that are new would be another life
             machine._runners[index].halt()
+        for index, item in self.unseen.items():
+            unseen_by.hand_out(machine._runners[index].c, item)
         devices_of.restore(devices, self.devices, self.served)
         if resume:
             devices_of.resume(devices)
@@ -268,6 +273,7 @@ class Snapshot(Closing):
             "tsc_khz": self.tsc_khz,
             "cpus": self.cpus,
             "halted": self.halted,
+            "unseen": self.unseen,
             "is_pc": self.is_pc,
             "identity": self.identity,
             "vcpus": [file.vcpu_to_json(state) for state in self.vcpus],
@@ -314,13 +320,14 @@ class Snapshot(Closing):
             halted = header.get("halted", ())
             made.halted = [index for index in range(len(made.cpus)) if index in halted]
             made.cpuid, made.tsc_khz = cpuid, int(header["tsc_khz"])
-            # Older files have neither.
+            # Older files have none of these.
+            made.unseen = unseen_by.of_json(header.get("unseen", {}), len(made.cpus))
             made.served = served_by.of_json(header.get("served", ()))
             place = header.get("identity")
             made.identity = None if place is None else identities.place(place, image)
             if len(made.cpus) != len(made.vcpus) or len(made.cpus) != options["cpus"]:
                 raise ValueError("it is of different numbers of vCPUs")
-        except (KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             image.close()
             raise SnapshotError(f"{name}: the header does not make sense: {error!r}") from error
         made.path = os.path.abspath(name)
@@ -358,30 +365,14 @@ class Snapshot(Closing):
 def take(machine: Machine) -> Snapshot:
     """See ``Machine.snapshot``."""
     _check(machine)
-    with quiet(machine):
-        for runner, cpu in zip(machine._runners, machine.cpus, strict=True):
-            if not runner.halted:  # nothing is open then, and it is to be told again
-                runner.complete()
-            cpu.flush()
-        irqchip = machine.irqchip is not None
-        kernel = irqchip and machine.options["irqchip"] == "kernel"
-        states = [vcpus.capture(runner.vcpu, irqchip) for runner in machine._runners]
-        found = devices_of.find((machine.pio, machine.mmio))
-        try:
-            devices = devices_of.capture(found)
-        except ValueError as error:
-            raise SnapshotError(f"a device cannot be captured: {error}") from error
-        snapshot = Snapshot(
-            dict(machine.options),
-            states,
-            vms.capture(machine.vm, kernel, bool(machine.options["pit"])),
-            devices,
-            claims_of.capture((machine.pio, machine.mmio)),
-            [(cpu.entered, cpu.ended) for cpu in machine.cpus],
-            _memory(machine),
-            is_pc=machine.pc is not None,
-        )
+    unseen: dict[int, dict[str, Any]] = {}
+    try:
+        snapshot = _take(machine, unseen)
+    finally:
+        for index, item in unseen.items():
+            unseen_by.hand_out(machine._runners[index].c, item)
     snapshot.halted = [n for n, runner in enumerate(machine._runners) if runner.halted]
+    snapshot.unseen = unseen
     snapshot._machine = machine
     snapshot.served = served_by.capture((machine.pio, machine.mmio), _hooks(machine))
     snapshot.cpuid = cpuid_of.as_text(machine.cpu)
@@ -391,6 +382,37 @@ def take(machine: Machine) -> Snapshot:
         if machine.pc.identity is not None:
             snapshot.identity = machine.pc.identity.gpa
     return snapshot
+
+
+def _take(machine: Machine, unseen: dict[int, dict[str, Any]]) -> Snapshot:
+    """The state itself; ``unseen`` gets what was written and is still to be told of."""
+    with quiet(machine):
+        for index, (runner, cpu) in enumerate(zip(machine._runners, machine.cpus, strict=True)):
+            if not runner.halted:  # nothing is open then, and it is to be told again
+                given_up = unseen_by.Unseen(runner.c)
+                runner.complete(given_up.see)
+                item = given_up.item()
+                if item is not None:
+                    unseen[index] = item
+            cpu.flush()
+        irqchip = machine.irqchip is not None
+        kernel = irqchip and machine.options["irqchip"] == "kernel"
+        states = [vcpus.capture(runner.vcpu, irqchip) for runner in machine._runners]
+        found = devices_of.find((machine.pio, machine.mmio))
+        try:
+            devices = devices_of.capture(found)
+        except ValueError as error:
+            raise SnapshotError(f"a device cannot be captured: {error}") from error
+        return Snapshot(
+            dict(machine.options),
+            states,
+            vms.capture(machine.vm, kernel, bool(machine.options["pit"])),
+            devices,
+            claims_of.capture((machine.pio, machine.mmio)),
+            [(cpu.entered, cpu.ended) for cpu in machine.cpus],
+            _memory(machine),
+            is_pc=machine.pc is not None,
+        )
 
 
 def _hooks(machine: Machine) -> dict[str, dict[int, Any]]:

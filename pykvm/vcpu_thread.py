@@ -327,35 +327,38 @@ class Runner:
         """The access being served, as a value of its own."""
         return _cpython.last_access(self.address)
 
-    def complete(self) -> None:
+    def complete(self, given_up: Callable[[int], object] | None = None) -> None:
         """Let KVM finish the instruction of the last exit, without running the guest further.
 
         PIO and MMIO take effect on re-entry only (api.rst, the note on KVM_EXIT_IO in 5.): until
         then RIP may still point at the instruction, and its result is missing.
+
+        Args:
+            given_up: called with the outcome that a run would have seen to, and nobody does now.
         """
         c = self.c
         me = get_ident()
         if self.owner == me:  # a handler gives its own vCPU a new state
             deadline = c.deadline
-            self._complete(c)
+            self._complete(c, given_up)
             c.deadline = deadline
             c.run.immediate_exit = 1  # its beat or a stop may have been lost on us: look again
             return
         if self.owner:  # also one that a thread is about to run
             raise self._busy()
         page = self._page
-        if not c.entries or page is None:
+        if page is None or (not c.entries and c.access.pending == lib.PYKVM_IDLE):
             return
         try:
             self._begin(lib.pykvm_vcpu_begin(c, NEVER))
-            self._complete(c)
+            self._complete(c, given_up)
         finally:
             if self.owner == me:
                 self.owner = 0
             lib.pykvm_vcpu_end(c)
             del page
 
-    def _complete(self, c: Any) -> None:
+    def _complete(self, c: Any, given_up: Callable[[int], object] | None) -> None:
         run = lib.pykvm_vcpu_run
         limit, c.exit_limit, c.deadline, c.trace = c.exit_limit, UNLIMITED, NEVER, 0
         log = c.log
@@ -366,6 +369,8 @@ class Runner:
             while True:
                 c.run.immediate_exit = 1
                 outcome = run(c)
+                if given_up is not None:
+                    given_up(outcome)
                 if outcome == lib.PYKVM_FULL:
                     c.access.pending = lib.PYKVM_UNANSWERED  # nobody made room: it is given up
                 elif outcome == lib.PYKVM_FAILED and c.run.kvm_dirty_regs & lib.KVM_SYNC_X86_SREGS:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from pykvm.snapshot import image as images
 from pykvm.snapshot import vmcore
 from pykvm.snapshot.vcpu import VcpuState
 from pykvm.snapshots import Snapshot
+from tests.unit.test_snapshot_file import forged
 
 OPTIONS = {
     "cpus": 1, "irqchip": None, "pit": False, "pic": "reset", "features": "", "cpuid": "host",
     "path": "/dev/kvm",
 }  # fmt: skip
+UNSEEN = {"on": "pio", "address": 0xF4, "is_write": True, "size": 1, "data": "2a2b"}
 LEAF = "0d000000" + "00" * 36
 
 
@@ -47,6 +49,7 @@ def snapshot(memory: GuestMemory, rip: int) -> Snapshot:
     image = images.capture(memory)
     made = Snapshot(dict(OPTIONS), [state], {}, {"0x3f8": {"lcr": 3}}, [], [(True, "")], image)
     made.cpuid = [LEAF]
+    made.unseen = {0: UNSEEN}
     return made
 
 
@@ -68,6 +71,7 @@ def test_all_can_be_looked_at(saved: Path) -> None:
         assert first.options["cpus"] == 1 and first.cpuid == [LEAF] and first.cpus == [(True, "")]
         assert first.regs().rip == 0x8000 and second.sregs().cr3 == 0x2000
         assert first.read(0x1000, 6) == b"before" and second.read(0x1000, 6) == b"aftere"
+        assert first.unseen == {0: UNSEEN}
         assert first.devices == {"0x3f8": {"lcr": 3}} and "64K" in repr(first)
         difference = first.diff(second)
         assert difference.pages == [0x1000] and "rip: 0x8000 → 0x8005" in repr(difference)
@@ -97,11 +101,62 @@ def test_a_machine_of_it_is_refused_with_the_remedy(saved: Path) -> None:
     "leaves", [[], 7, [7], "00", [LEAF, LEAF[:-2]], ["zz" * 40], [" " * 80], [LEAF[:-2] + "  "]]
 )
 def test_leaves_that_are_none_are_refused_when_it_is_loaded(saved: Path, leaves: Any) -> None:
-    from tests.unit.test_snapshot_file import forged
-
     def change(header: Any) -> None:
-        header["options"]["cpuid"] = json.loads(json.dumps(leaves))
+        header["options"]["cpuid"] = leaves
 
+    is_refused(saved, change)
+
+
+def is_refused(saved: Path, change: Callable[[Any], None]) -> None:
     (saved / "forged").write_bytes(forged((saved / "first").read_bytes(), change))
+    before = os.listdir("/proc/self/fd")
     with pytest.raises(SnapshotError, match="the header does not make sense"):
         Snapshot.load(saved / "forged")
+    assert os.listdir("/proc/self/fd") == before
+
+
+WRONG: list[dict[str, Any]] = [
+    {"on": "irq"},
+    {"on": []},
+    {"address": 1 << 16},
+    {"address": -1},
+    {"address": 1.5},
+    {"size": 0},
+    {"size": 3},
+    {"size": 8},
+    {"size": "1"},
+    {"data": ""},
+    {"data": "zz"},
+    {"data": 7},
+    {"data": "00" * 4097},
+    {"size": 4, "data": "00" * 6},
+    {"on": "mmio", "size": 4, "data": "00" * 8},
+    {"on": "mmio", "size": 9, "data": "00" * 9},
+    {"on": "mmio", "address": 1 << 52},
+]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        [],
+        7,
+        {"0": []},
+        *({index: UNSEEN} for index in ("1", "-1", "x")),
+        *({"0": UNSEEN | wrong} for wrong in WRONG),
+    ],
+)
+def test_an_access_that_is_none_is_refused(saved: Path, said: Any) -> None:
+    def change(header: Any) -> None:
+        header["unseen"] = said
+
+    is_refused(saved, change)
+
+
+def test_what_older_files_lack_they_had_not(saved: Path) -> None:
+    def change(header: Any) -> None:
+        del header["unseen"], header["halted"], header["served"]
+
+    (saved / "old").write_bytes(forged((saved / "first").read_bytes(), change))
+    with Snapshot.load(saved / "old") as old:
+        assert (old.unseen, old.halted, old.served) == ({}, [], [])
