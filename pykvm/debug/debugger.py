@@ -255,7 +255,10 @@ class Debugger(Stepping):
         if look is None:
             return None
         cpu._runner.c.exit_limit = cpu._runner.c.exits + 1  # a step is no exit to be served
-        return self._stepped(cpu, look)
+        stop = self._stepped(cpu, look)
+        if stop is None and self.obstacle(probe.STEP_ON, cpu):
+            self._arm(cpu, step=True)
+        return stop
 
     def _is_excused(self, cpu: Cpu, gpa: int) -> bool:
         """Whether it fell over a stop that another one took away; once, for it may be its own."""

@@ -52,6 +52,8 @@ class Stepping:
         self._armed: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._looks: dict[int, Look] = {}  # after each single step of a vCPU
         self._before: dict[int, int] = {}  # where it stood before that
+        offered = machine.vm.check_extension("KVM_CAP_SET_GUEST_DEBUG2")
+        self._blocked = int(kvm.KVM_GUESTDBG_BLOCKIRQ & offered)  # interrupts, while it is stepped
 
     def obstacle(self, way: str, cpu: Cpu) -> str:
         """Why ``cpu``, in the mode that it is in, cannot be stopped in a way: "" if it can."""
@@ -161,7 +163,9 @@ class Stepping:
 
         KVM loses a step that goes through user space: one over a write to a device or a port that
         it emulates, and every one whose handler sets registers (kvm_set_rflags() keeps TF only
-        where it was set). So such an exit is served and the guest not entered again.
+        where it was set). So such an exit is served and the guest not entered again. Some lose all
+        steps behind an instruction that they emulate, a MOV from CR4 for example, with no exit to
+        tell of it (x86_emulate_instruction() puts RFLAGS back without TF): see Debugger.exit().
         """
         index = cpu.index
         self._looks[index] = look
@@ -303,7 +307,7 @@ class Stepping:
             (point, "x", 1) for point in self.breakpoints if point.way == probe.HARDWARE
         ]
         if step:
-            control |= kvm.KVM_GUESTDBG_SINGLESTEP | self._block_interrupts()
+            control |= kvm.KVM_GUESTDBG_SINGLESTEP | self._blocked
             points = [each for each in points if each[0].address != self.address(cpu)]
         points += [(p, p.access, p.length) for p in self.watchpoints if p.way == probe.WATCH]
         for point, access, length in points[:REGISTERS]:
@@ -317,12 +321,8 @@ class Stepping:
             control |= kvm.KVM_GUESTDBG_ENABLE
         wanted = control, tuple(registers)
         if step or self._armed.get(cpu.index, (0, (0,) * 8)) != wanted:
-            cpu.vcpu.set_guest_debug(control, registers)
+            cpu.vcpu.set_guest_debug(control, registers if number else ())
             self._armed[cpu.index] = wanted
-
-    def _block_interrupts(self) -> int:
-        offered = self._machine.vm.check_extension("KVM_CAP_SET_GUEST_DEBUG2")
-        return int(kvm.KVM_GUESTDBG_BLOCKIRQ & offered)
 
     def _stepped(self, cpu: Cpu, look: Look) -> Stop | None:
         """After a single step: the Stop, if it is to end there."""

@@ -169,6 +169,17 @@ def test_a_step_over_a_port_or_a_device_is_one_step_too(
     assert seen == [0]
 
 
+@pytest.mark.parametrize("mode", ["real16", "prot32", "long64"])
+def test_no_step_is_lost_behind_what_kvm_emulates(made: list[pykvm.Machine], mode: str) -> None:
+    code = "mov eax, cr4; inc ebx; inc ebx; inc ebx; inc ebx; out 0xf4, al"
+    m = make(made, code.replace("eax", "rax") if mode == "long64" else code, mode)
+    need_steps(m)
+    assert m.step(4).reason == "step"
+    assert m.cpu.ebx == 3
+    assert m.run_until(lambda cpu: cpu.ebx == 4, timeout=20).reason == "step"
+    assert m.run(timeout=20).reason == "stopped"
+
+
 def test_a_step_that_meets_the_end_says_so(made: list[pykvm.Machine]) -> None:
     m = make(made, "inc ebx; hlt")
     need_steps(m)
