@@ -287,15 +287,16 @@ class Debugging(Runs):
     ) -> Comparison:
         """Run the first vCPU by single steps, and Unicorn beside it, to the first difference.
 
-        For guests without paging or with an identity map. Interrupts and exceptions are KVM's
-        alone: Unicorn stops there. Needs unicorn and capstone.
+        For guests in real mode, without paging, or with an identity map. In protected and long mode
+        interrupts and exceptions are KVM's alone: Unicorn stops there. Needs unicorn and capstone.
 
         Args:
             limit: instructions at most.
             timeout: seconds.
 
         Raises:
-            CapabilityError: no single steps here, or a library is missing.
+            CapabilityError: no single steps here, a library is missing, or Unicorn cannot begin
+                in the state that the vCPU is in: a segment of real mode with a base of its own.
         """
         from pykvm.debug.differential import compare
 

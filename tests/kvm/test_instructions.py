@@ -1,4 +1,4 @@
-"""Listings of what was executed, coverage of blocks, and KVM against Unicorn."""
+"""Listings of what was executed, and coverage of blocks."""
 
 from __future__ import annotations
 
@@ -148,66 +148,6 @@ def test_blocks_that_are_not_mapped_are_refused() -> None:
         m.coverage([ENTRY, 0x7000_0000_0000]).begin()
     with machine() as m:
         assert len(m.planted) == 0
-
-
-# ---- KVM against Unicorn -------------------------------------------------------------------------
-
-ARITHMETIC = """
-    mov eax, 0x12345678
-    mov ebx, 0x9abcdef
-    mov ecx, 40
-again:
-    add eax, ebx
-    rol eax, 7
-    imul ebx, ebx, 33
-    xor ebx, eax
-    sub eax, 1
-    adc ebx, 5
-    shr eax, 3
-    push ax
-    pop dx
-    in al, 0x60
-    cpuid
-    dec cx
-    mov ecx, 1
-    loop again
-    out 0xf4, al
-"""
-
-
-@pytest.mark.parametrize(("mode", "ring"), [m for m in MODES if m[0] != "real16"])
-def test_both_do_the_same(mode: str, ring: int) -> None:
-    pytest.importorskip("capstone")
-    pytest.importorskip("unicorn")
-    with machine(ARITHMETIC, mode, ring) as m:
-        done = m.compare_with_unicorn(300)
-        assert done.same and done.steps >= 15, done
-        assert done.result is not None and done.result.reason == "stopped"
-
-
-def test_the_first_difference_ends_it_and_is_told() -> None:
-    pytest.importorskip("capstone")
-    pytest.importorskip("unicorn")
-    with machine("mov ebx, 1; out 0xe9, al; inc ebx; hlt") as m:
-
-        def tamper(access: object) -> None:
-            m.cpu.rbx = 0x50
-
-        m.on_pio(0xE9, tamper)
-        done = m.compare_with_unicorn(10)
-        assert not done.same and done.steps == 1
-        assert done.differs["rbx"] == (0x50, 1)
-        assert done.divergence is not None and done.divergence.text.startswith("out")
-        assert "rbx 0x50 on KVM, 0x1 on Unicorn" in repr(done)
-
-
-def test_what_unicorn_cannot_do_is_told() -> None:
-    pytest.importorskip("capstone")
-    pytest.importorskip("unicorn")
-    with machine("mov eax, [0xd0000000]; hlt") as m:
-        m.mmio.constant(0xD0000000, 5, 4)
-        done = m.compare_with_unicorn(10)
-        assert not done.same and "[0xd0000000]" in done.error
 
 
 def test_after_branches_of_every_kind_a_step_arrives() -> None:
