@@ -23,8 +23,8 @@ DONE = 0xD0000000
 """Outside of RAM: the run ends there, from ring 3 too."""
 
 TURNS = 10_000
-ENOUGH = 60.0
-"""Seconds; where all turns would take longer, as many are made as fit into a quarter of it."""
+ENOUGH = 30.0
+"""Seconds; where all turns would take longer, as many are made as fit into a sixth of it."""
 
 # Ring 0 writes what the table says, then MSRs, control and debug registers and segments; ring 3,
 # where every back end has them, vector registers and the x87's.
@@ -126,7 +126,7 @@ def test_ten_thousand_resets_each_compared_whole(machine: pykvm.Machine) -> None
             assert not (found := judge.differences()), (turn, found)
             if turn == 50:
                 each = (time.monotonic() - began) / turn
-                turns = TURNS if each * TURNS < ENOUGH else int(ENOUGH / 4 / each)
+                turns = TURNS if each * TURNS < ENOUGH else int(ENOUGH / 6 / each)
             if turn + 1 >= turns:
                 break
             dirty(machine, generator)

@@ -17,7 +17,6 @@ from pykvm.virtio import Rng
 from tests.support import linux_disk, linux_guest
 
 BOOT_SECONDS = 300.0
-MODULES = ("virtio_pci", "virtio_blk", "virtio_rng")
 
 SCRIPT = r"""
 echo "MARKER ready"
@@ -62,7 +61,7 @@ def test_it_answers_on_its_console_and_has_its_disk(
     if not linux_guest.ring0_is_native():
         pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
     initrd, image = tmp_path / "initrd.gz", tmp_path / "root.img"
-    initrd.write_bytes(linux_disk.initrd(found["cloud"], (*MODULES, "virtio_mmio")))
+    initrd.write_bytes(linux_disk.initrd(found["cloud"]))
     linux_disk.root_image(image, 32 << 20, SCRIPT)
     snapshot = tmp_path / "debian.snapshot"
     with pykvm.Machine("192M", cpus=cpus, irqchip=True, pit=True) as m:

@@ -16,15 +16,10 @@ import pytest
 import pykvm
 from pykvm.errors import ClosedError, SnapshotError
 from pykvm.snapshot_pool import SnapshotPool
+from tests.support.pool_work import COUNTER, counter
 from tests.support.waiting import PATIENCE, is_alive, until
 
-COUNTER = 0x20000
 INPUT = 0x30000
-
-
-def counter(machine: pykvm.Machine) -> int:
-    """What the guest of a pool's process has counted."""
-    return machine.memory.u32[COUNTER]
 
 
 @pytest.fixture
@@ -190,16 +185,12 @@ def test_a_pool_is_of_its_snapshot_whatever_became_of_the_file(
 KILLED = """
 import os, signal, pykvm
 from pykvm.snapshot_pool import SnapshotPool
-from tests.kvm.test_snapshot_misuse import counter, pid
+from tests.support.pool_work import pid
 if __name__ == "__main__":
     with pykvm.Machine("2M") as m, m.snapshot() as s, SnapshotPool(s, workers=1) as pool:
         print(pool.submit(pid).result(60), pool._folder.name, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
 """
-
-
-def pid(machine: pykvm.Machine) -> int:
-    return os.getpid()
 
 
 def test_a_pool_whose_process_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -87,13 +87,19 @@ def full_command(words: Sequence[str]) -> list[str]:
     words = list(words[1:] if words[:1] == ["--"] else words) or ["pytest"]
     if words[0] != "pytest":
         return words
-    paths = (CHECKOUT / word.partition("::")[0] for word in words[1:] if not word.startswith("-"))
     return [
         *(sys.executable, "-m", "pytest", "--require-kvm", "--durations=5"),
         "--junitxml=/run/rig/results/junit.xml",
         *words[1:],
-        *(() if any(path.exists() for path in paths) else KVM_TESTS),
+        *(() if test_paths(words) else KVM_TESTS),
     ]
+
+
+def test_paths(command: Sequence[str]) -> list[str]:
+    """The files and folders that a command of pytest names; of another command, none."""
+    named = command[command.index("pytest") + 1 :] if "pytest" in command else ()
+    words = [word.partition("::")[0] for word in named if not word.startswith("-")]
+    return [word for word in words if (CHECKOUT / word).exists()]
 
 
 def _say(text: str) -> None:
@@ -117,10 +123,12 @@ def _run(options: argparse.Namespace) -> int:
     _say(f"Linux {kernel.release} and its initramfs are in {cache}")
     if options.setup_only:
         return 0
+    command = full_command(options.command)
+    host.compile_ahead(CHECKOUT, test_paths(command))
     pairs = (text.partition("=")[::2] for text in (f"PYKVM_KERNELS={cache}", *options.env))
     try:
         outcome = guest.boot(
-            full_command(options.command),
+            command,
             run=run,
             kernel=kernel,
             initramfs=archive,

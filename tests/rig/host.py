@@ -11,8 +11,9 @@ import fcntl
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -147,3 +148,24 @@ def fetch_kernel(
     if kernel is None:
         raise RigError(f"{names[0]} holds no kernel with its modules")
     return kernel
+
+
+def compile_ahead(checkout: Path, tests: Sequence[str]) -> None:
+    """Leave compiled what is of the checkout, and the ``tests`` as pytest has them.
+
+    Emulated, Python compiles pykvm longer than it runs it, and what is started inside would each
+    time: the checkout may be read-only there. Whatever goes wrong here is told better inside.
+    """
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    collect = ("pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", *tests)
+    for module in (("compileall", "-qq", "pykvm", "tests", "benches"), *([collect] * bool(tests))):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run(
+                [sys.executable, "-m", *module],
+                cwd=checkout,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=120,
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import re
@@ -33,6 +34,9 @@ busybox mount -o remount,ro /
 busybox poweroff -f
 """
 
+#: What a kernel needs for every disk here, in the order of loading.
+MODULES = ("virtio_mmio", "virtio_pci", "virtio_blk", "virtio_rng")
+
 SYSTEM_PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 
 
@@ -51,12 +55,12 @@ def run(*command: str | Path) -> str:
     return done.stdout
 
 
-def initrd(kernel: Path, modules: Iterable[str]) -> bytes:
+@functools.cache
+def initrd(kernel: Path) -> bytes:
     """Busybox, the kernel's modules with all they depend on, and the script above.
 
     Args:
         kernel: ``…/boot/vmlinuz-RELEASE``; its modules are in ``…/lib/modules/RELEASE``.
-        modules: by name.
     """
     from tests.rig.initramfs import ModuleTree, cpio
 
@@ -67,7 +71,7 @@ def initrd(kernel: Path, modules: Iterable[str]) -> bytes:
         ("bin/busybox", 0o100755, Path(tool("busybox")).read_bytes()),
         ("init", 0o100755, INITRD.encode()),
     ]
-    for number, name in enumerate(tree.closure(modules)):
+    for number, name in enumerate(tree.closure(MODULES)):
         entries.append((f"modules/{number:03}-{name}.ko", 0o100644, tree.read(name)))
     return gzip.compress(b"".join(cpio(entries)), 1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import os
 import shutil
@@ -59,6 +60,7 @@ def initrd(init: str = INIT) -> bytes:
     return gzip.compress(b"".join(cpio(entries)), 1)
 
 
+@functools.cache
 def ring0_is_native() -> bool:
     """Whether this KVM executes ring 0 at the processor's speed: two million instructions tell.
 

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -175,6 +176,31 @@ def test_without_a_command_the_kvm_tests_run_and_demand_kvm() -> None:
     for path in ("tests/unit/test_rig.py", "tests/unit/test_rig.py::test_x"):
         assert rig.full_command(["pytest", "-x", path])[-2:] == ["-x", path]
     assert rig.full_command(["--", "echo", "--", "x"]) == ["echo", "--", "x"]
+
+
+def test_what_runs_inside_was_compiled_outside(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Emulated, Python compiles longer than it runs; and a checkout may be read-only inside."""
+    for name in ("pykvm/a.py", "tests/test_a.py", "tests/test_b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("def test_it(): assert 1 == 1\n")
+    (tmp_path / "tests" / "broken.py").write_text("this is no Python\n")
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    host.compile_ahead(tmp_path, ["tests/test_a.py"])
+    made = sorted(
+        re.sub(r"\.cpython-[0-9]+(-pytest)?[0-9.a-z-]*\.pyc", r"\1", path.name)
+        for path in tmp_path.rglob("*.pyc")
+    )
+    assert made == ["a", "test_a", "test_a-pytest", "test_b"]
+
+
+def test_the_tests_that_a_command_names_are_seen() -> None:
+    assert rig.test_paths(
+        [sys.executable, "-m", "pytest", "-q", "tests/kvm/test_cli.py::test"]
+    ) == ["tests/kvm/test_cli.py"]
+    assert rig.test_paths(rig.full_command([])) == ["tests/kvm", "tests/guests"]
+    assert rig.test_paths(["ls", "tests/kvm"]) == []
 
 
 def test_folders_below_tmp_are_bound_once_each(tmp_path: Path) -> None:
