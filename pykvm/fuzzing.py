@@ -7,6 +7,7 @@ changed. Python is asked for what only Python serves, and gets the outcomes of a
 from __future__ import annotations
 
 import time
+from _thread import interrupt_main, start_new_thread
 from itertools import islice
 from struct import Struct
 
@@ -122,7 +123,8 @@ def fuzz(
     Raises:
         ValueError: an input is too long, or the machine has several vCPUs.
         TypeError: an input is something else than bytes.
-        Exception: what a handler raised; a note says at which input.
+        Exception: what a handler raised; a note says at which input. As with Ctrl-C, outcomes of
+            the inputs before it are yielded first.
 
     A HLT ends a run unless it has a hook; with ``irqchip`` it waits in the kernel: give ``until``.
     ``m.stop()`` without a reason of its own ends the whole loop.
@@ -168,7 +170,11 @@ class _Fuzzer:
         if length_at is not None:
             c.length_to, c.length_slot, c.length_at = self._place(length_at, 8)
         self._blocks = None if isinstance(coverage, tuple) else coverage
-        self._found: dict[int, int] = {}  # fresh blocks, by the input's number in its batch
+        # What Python knows of inputs, by their number in their batch: fresh blocks, and how they
+        # ended; and C's outcome of the last of these.
+        self._found: dict[int, int] = {}
+        self._reasons: dict[int, tuple[str, int | None]] = {}
+        self._ended = 0
         if isinstance(coverage, tuple):
             gpa, length = coverage
             c.map, _, _ = self._place(gpa, length)
@@ -207,12 +213,32 @@ class _Fuzzer:
     def run(self, inputs: Iterator[bytes], batch: int) -> Iterator[Outcome]:
         """See :func:`fuzz`."""
         while not self._over:
+            self.c.next = 0
             taken = [bytes(memoryview(data)) for data in islice(inputs, batch)]
             if not taken:
                 return
-            yield from self._run(taken)
+            error = None
+            try:
+                self._run(taken)
+                outcomes = self._outcomes(taken)
+            except BaseException as caught:  # Ctrl-C, say: what was found by then is not lost
+                self._over, error = True, caught
+                outcomes = self._outcomes(taken)
+            try:
+                yield from outcomes
+            except GeneratorExit:
+                if isinstance(error, KeyboardInterrupt):
+                    # Nobody asks for more, so that it cannot be raised here; and if this generator
+                    # is just being taken away, neither can it in this moment.
+                    start_new_thread(interrupt_main, ())
+                raise
+            if error is not None:
+                try:
+                    raise error
+                finally:
+                    del error
 
-    def _run(self, inputs: list[bytes]) -> list[Outcome]:
+    def _run(self, inputs: list[bytes]) -> None:
         """One batch, with the vCPU ours for its time only."""
         machine, runner, c = self._machine, self._runner, self.c
         for data in inputs:
@@ -232,6 +258,7 @@ class _Fuzzer:
             ffi.new("struct pykvm_outcome_record[]", len(inputs)),
         )
         c.inputs, c.ends, c.outcomes = keep
+        self._records = keep[2]
         c.count, c.next, c.running = len(inputs), 0, 0
         self._devices = devices_of.find((machine.pio, machine.mmio))
         stateful = [
@@ -249,10 +276,10 @@ class _Fuzzer:
             c.hooked |= 4  # they may be at work: wait for them, and put devices back, each time
         self._plant()
         self._found.clear()
+        self._reasons.clear()
         self._plan.before()
-        reasons_of: dict[int, tuple[str, int | None]] = {}
         loop = runner.c
-        machine._running = True
+        machine._running = failed = True
         try:
             deadline = (
                 time.clock_gettime_ns(time.CLOCK_MONOTONIC) + c.timeout if c.timeout else NEVER
@@ -260,7 +287,8 @@ class _Fuzzer:
             try:
                 runner._begin(lib.pykvm_vcpu_begin(loop, deadline))
                 loop.trace = 0
-                self._drive(reasons_of)
+                self._drive()
+                failed = False
             finally:
                 if runner.owner:
                     runner.owner = 0
@@ -268,7 +296,8 @@ class _Fuzzer:
                 lib.pykvm_vcpu_end(loop)
                 loop.run.kvm_valid_regs = 0
         except BaseException as error:
-            self._over = True
+            if c.running and c.next in self._reasons:  # it had ended, and was just not noted yet
+                lib.pykvm_fuzz_end(c, self._ended)
             if c.running:
                 error.add_note(f"while it ran the input {_shown(inputs[c.next])}")
             raise
@@ -280,13 +309,11 @@ class _Fuzzer:
             self._plan.c.plant_count = 0
             for cpu, (entered, ended) in zip(machine.cpus, self._snapshot.cpus, strict=True):
                 cpu.put_back(entered, ended)
-            if c.running:  # a handler raised, or somebody stopped it
+            if failed:
                 c.running = 0
                 self._snapshot.restore(machine)
-        records = _RECORD.iter_unpack(ffi.buffer(keep[2], c.next * _RECORD.size))
-        return self._outcomes(inputs, records, reasons_of)
 
-    def _drive(self, reasons_of: dict[int, tuple[str, int | None]]) -> None:
+    def _drive(self) -> None:
         c, error, ones = self.c, ffi.new("int32_t *"), UNLIMITED
         while True:
             outcome = lib.pykvm_fuzz_run(c, ones, error)
@@ -297,11 +324,11 @@ class _Fuzzer:
             elif outcome == lib.PYKVM_FUZZ_FAILED:
                 self._again(error[0])
             else:
-                self._serve(outcome, reasons_of)
+                self._serve(outcome)
                 if self._over:
                     return
 
-    def _serve(self, outcome: int, reasons_of: dict[int, tuple[str, int | None]]) -> None:
+    def _serve(self, outcome: int) -> None:
         """From here on Python runs this input to its end, as it may have changed devices."""
         machine, runner, c = self._machine, self._runner, self.c
         reached = len(self._blocks.hit) if self._blocks is not None else 0
@@ -314,9 +341,10 @@ class _Fuzzer:
             end, machine._ending = machine._ending, None
             if end.reason == reasons.STOPPED:
                 self._over = True
-        reasons_of[c.next] = end.reason, end.code
         if self._blocks is not None and len(self._blocks.hit) > reached:
             self._found[c.next] = len(self._blocks.hit) - reached
+        self._ended = outcome
+        self._reasons[c.next] = end.reason, end.code
         debugger = machine._debugger
         if debugger is not None and len(debugger.planted) != self._plan.c.plant_count:
             self._plant()  # one was hit, and is gone
@@ -354,14 +382,13 @@ class _Fuzzer:
         if error:
             self._plan.fail(error)
 
-    def _outcomes(
-        self,
-        inputs: list[bytes],
-        records: Iterator[tuple[int, ...]],
-        reasons_of: dict[int, tuple[str, int | None]],
-    ) -> list[Outcome]:
+    def _outcomes(self, inputs: list[bytes]) -> list[Outcome]:
         """What C noted of each input; one loop, without a call for each but Outcome's own."""
-        found, made = self._found, []
+        done = self.c.next
+        if not done:
+            return []
+        records = _RECORD.iter_unpack(ffi.buffer(self._records, done * _RECORD.size))
+        found, reasons_of, made = self._found, self._reasons, []
         for at, (outcome, rip, exits, value, place, exit_reason, fresh) in enumerate(records):
             code: int | None = None
             if at in reasons_of:

@@ -13,16 +13,19 @@
 
 A process has one machine, restored before each call. Processes are spawned, never forked:
 a VM belongs to the process that made it, and threads do not survive a fork. What is called has to
-be importable: a function of a module.
+be importable: a function of a module. Ctrl-C is for the process that has the pool: as it leaves the
+``with`` block, the others end, wherever they are; they do not see it themselves.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import signal
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context, parent_process
+from multiprocessing import Pipe, get_context, parent_process
+from multiprocessing.connection import wait
 
 from pykvm.errors import SnapshotError
 from pykvm.kvm.handle import Closing
@@ -33,6 +36,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from concurrent.futures import Future
+    from multiprocessing.connection import Connection
     from typing import Any
 
     from pykvm.machine import Machine
@@ -63,11 +67,14 @@ class SnapshotPool(Closing):
             path, known = os.path.join(self._folder.name, "snapshot"), snapshot.path
             snapshot.save(path)
             snapshot.path = known  # this one goes with the pool
+        folder = self._folder.name if self._folder else ""
+        # Nothing is ever sent: processes end when our end of it is closed.
+        self._theirs, self._leash = Pipe(duplex=False)
         self._executor = ProcessPoolExecutor(
             workers or os.cpu_count() or 1,
             mp_context=get_context("spawn"),
             initializer=_begin,
-            initargs=(path, snapshot.id, setup, self._folder.name if self._folder else ""),
+            initargs=(path, snapshot.id, setup, folder, self._theirs),
         )
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
@@ -87,11 +94,20 @@ class SnapshotPool(Closing):
         return self._executor.map(_each, ((function, item) for item in items), chunksize=chunk)
 
     def close(self) -> None:
-        """End the processes. Idempotent."""
-        self._executor.shutdown(cancel_futures=True)
-        if self._folder is not None:
-            self._folder.cleanup()
-            self._folder = None
+        """End the processes, once the calls that they are at are done. Idempotent."""
+        try:
+            self._executor.shutdown(cancel_futures=True)
+        finally:  # Ctrl-C: those calls may take for ever
+            self._leash.close()
+            self._theirs.close()
+            if self._folder is not None:
+                self._folder.cleanup()
+                self._folder = None
+
+    def __exit__(self, *exc: object) -> None:
+        if exc[1] is not None and not isinstance(exc[1], Exception):
+            self._leash.close()  # Ctrl-C, sys.exit(): nobody waits for what they are at
+        self.close()
 
 
 def _is_in(path: str, id: str) -> bool:
@@ -107,11 +123,19 @@ def _is_in(path: str, id: str) -> bool:
 _mine: list[tuple[Snapshot, Machine]] = []
 
 
-def _begin(path: str, id: str, setup: Callable[[Machine], object] | None, folder: str = "") -> None:
+def _begin(
+    path: str,
+    id: str,
+    setup: Callable[[Machine], object] | None,
+    folder: str = "",
+    leash: Connection | None = None,
+) -> None:
     import atexit
     import threading
 
-    threading.Thread(target=_end_with_the_parent, args=(folder,), daemon=True).start()
+    if leash is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        threading.Thread(target=_end_with_the_pool, args=(folder, leash), daemon=True).start()
     snapshot = Snapshot.load(path, verify=False)
     if snapshot.id != id:  # a process may be started when the pool is long at work
         raise SnapshotError(f"{path}: has become another snapshot since the pool was made")
@@ -120,14 +144,14 @@ def _begin(path: str, id: str, setup: Callable[[Machine], object] | None, folder
     _mine.append((snapshot, machine))
 
 
-def _end_with_the_parent(folder: str) -> None:
-    """A pool whose process is killed does not leave its workers and its file behind."""
+def _end_with_the_pool(folder: str, leash: Connection) -> None:
+    """A pool that is left, or killed, does not leave its workers and its file behind."""
     parent = parent_process()
-    if parent is not None:
-        parent.join()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
-        os._exit(1)
+    assert parent is not None
+    wait([parent.sentinel, leash])
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
 
 
 def _call(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import pykvm
-from pykvm import guestlib
+from pykvm import fuzzing, guestlib
 from pykvm import result as reasons
 from pykvm.corpus import Corpus
-from pykvm.fuzzing import UNTIL
+from pykvm.fuzzing import UNTIL, Outcome
 from tests.support.same_machine import Judge
 
 ENTRY = 0x8000
@@ -152,6 +155,96 @@ def test_a_handler_may_name_the_end_or_raise(machine: pykvm.Machine) -> None:
         with machine.snapshot() as after:
             assert not s.diff(after)
         assert machine.run(timeout=10).reason == reasons.HALTED
+
+
+def interrupted(outcomes: Iterator[Outcome]) -> tuple[list[tuple[bytes, str]], str]:
+    """What is yielded before the KeyboardInterrupt, and what that says."""
+    seen = []
+    with pytest.raises(KeyboardInterrupt) as caught:
+        for outcome in outcomes:
+            seen.append((outcome.input, outcome.reason))
+    return seen, "".join(getattr(caught.value, "__notes__", ()))
+
+
+ENDED = [(b"H", reasons.HALTED), (b"S", reasons.SHUTDOWN), (b"U", reasons.UNCLAIMED)]
+
+
+def test_ctrl_c_while_an_input_runs_loses_no_outcome(machine: pykvm.Machine) -> None:
+    @machine.on_pio(0x40)
+    def port(access: object) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 0
+
+    with machine.snapshot() as s:
+        fuzz = machine.fuzz(s, [b"H", b"S", b"U", b"P", b"H"], write_at=INPUT, length_at=LENGTH)
+        assert interrupted(fuzz) == (ENDED, "while it ran the input b'P'")
+        assert list(fuzz) == []
+        with machine.snapshot() as after:
+            assert not s.diff(after)
+        assert machine.run(timeout=10).reason == reasons.HALTED
+
+
+def test_ctrl_c_in_the_guest_loses_no_outcome(machine: pykvm.Machine) -> None:
+    def ctrl_c(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    @machine.on_pio(0x40)
+    def port(access: object) -> int:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        return 0x42
+
+    machine.pio.stop(0x10)
+    inputs = [b"H", b"S", b"U", b"P", b"L"]
+    before = signal.signal(signal.SIGALRM, ctrl_c)
+    try:
+        with machine.snapshot() as s:
+            seen, note = interrupted(machine.fuzz(s, inputs, write_at=INPUT, timeout=100))
+            # On a slow machine it may come before the last one begins.
+            assert seen in (ENDED, [*ENDED, (b"P", reasons.STOPPED)])
+            assert note in ("", f"while it ran the input {inputs[len(seen)]!r}")
+            with machine.snapshot() as after:
+                assert not s.diff(after)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("where", ["quiet", "_outcomes"])
+def test_ctrl_c_between_inputs_loses_no_outcome(
+    machine: pykvm.Machine, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """In Python's own work: as an input's end is noted, and as outcomes are made of a batch."""
+    machine.pio.stop(0x10)
+    machine.on_pio(0x40, lambda access: 0x42)
+    home = fuzzing if where == "quiet" else fuzzing._Fuzzer
+    real, calls = getattr(home, where), []
+
+    def ctrl_c(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with machine.snapshot() as s:
+        fuzz = machine.fuzz(s, [b"H", b"S", b"U", b"P"], write_at=INPUT, length_at=LENGTH)
+        monkeypatch.setattr(home, where, ctrl_c)
+        assert interrupted(fuzz) == ([*ENDED, (b"P", reasons.STOPPED)], "")
+        monkeypatch.undo()
+        with machine.snapshot() as after:
+            assert not s.diff(after)
+
+
+def test_ctrl_c_is_not_swallowed_by_who_asks_for_no_more(machine: pykvm.Machine) -> None:
+    @machine.on_pio(0x40)
+    def port(access: object) -> int:
+        raise KeyboardInterrupt
+
+    with machine.snapshot() as s, pytest.raises(KeyboardInterrupt):
+        for outcome in machine.fuzz(s, [b"H", b"P"], write_at=INPUT):
+            assert outcome.input == b"H"
+            break
+        while True:  # the watchdog would end it
+            threading.Event().wait(0.01)
 
 
 def test_a_stop_ends_the_loop(machine: pykvm.Machine) -> None:
