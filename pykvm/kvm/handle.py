@@ -101,10 +101,12 @@ class CapHandle(Handle):
         Returns: 0 if it is missing; else 1, or a number whose meaning belongs to the capability
         (a maximum, a size in bytes, a mask of flags).
 
+        Errors: :class:`ValueError` for a name that no capability has.
+
         Asked of a VM the answer is for that VM (its type may matter); asked of the system it is
         for KVM as a whole. Always asks the kernel.
         """
-        number = getattr(lib, cap) if isinstance(cap, str) else cap
+        number = _number(cap) if isinstance(cap, str) else cap
         return call_int(self, "KVM_CHECK_EXTENSION", number)
 
     def need(self, cap: str) -> int:
@@ -119,6 +121,21 @@ class CapHandle(Handle):
         if not value:
             raise missing(cap)
         return value
+
+
+def _number(name: str) -> int:
+    if name[:8] == "KVM_CAP_" and (number := getattr(lib, name, None)) is not None:
+        return int(number)
+    from difflib import get_close_matches
+
+    from .caps import DESCRIPTIONS
+
+    wanted = name.upper()
+    if not wanted.startswith("KVM_CAP_"):
+        wanted = f"KVM_CAP_{wanted}"
+    like = get_close_matches(wanted, DESCRIPTIONS, cutoff=0.8)
+    about = f": {', '.join(like)}?" if like else ""
+    raise ValueError(f"no capability is called {name!r}{about}")
 
 
 def missing(cap: str) -> CapabilityError:

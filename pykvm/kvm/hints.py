@@ -8,6 +8,14 @@ from __future__ import annotations
 import errno as _errno
 import os
 
+from pykvm._abi import lib
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from .vm_memory import MemoryMixin
+
 _NO_IRQCHIP = "this VM has no in-kernel irqchip: create_irqchip() before the first vCPU"
 _NO_LAPIC = "this vCPU has no in-kernel local APIC: create_irqchip() before create_vcpu()"
 _NO_PIT = "this VM has no in-kernel PIT: create_pit2() first"
@@ -180,6 +188,35 @@ def hint(name: str, errno: int) -> str:
     """What ``errno`` means when ioctl ``name`` fails with it, or ""."""
     code = _errno.errorcode.get(errno, "")
     return _HINTS.get((name, code)) or _ANY.get(code, "")
+
+
+def broken_slot_rule(vm: MemoryMixin, region: Any) -> str:
+    """Which rule a memory slot breaks that KVM refused with EINVAL; "" if none that is known.
+
+    Those of ``__kvm_set_memory_region`` in virt/kvm/kvm_main.c, in its order.
+
+    Args:
+        region: struct kvm_userspace_memory_region, or its successor.
+    """
+    for name in ("memory_size", "guest_phys_addr", "userspace_addr"):
+        if (value := int(getattr(region, name))) % 4096:
+            return f"{name} {value:#x} is not a multiple of 4096"
+    space, slot = divmod(int(region.slot), 0x10000)
+    spaces = vm.check_extension(lib.KVM_CAP_MULTI_ADDRESS_SPACE) or 1
+    if space >= spaces:
+        return (
+            f"bits 31:16 of slot {int(region.slot):#x} say address space {space}, and this VM has "
+            f"{spaces} (KVM_CAP_MULTI_ADDRESS_SPACE)"
+        )
+    slots = vm.check_extension(lib.KVM_CAP_NR_MEMSLOTS)
+    if slot >= slots:
+        return f"slot {slot} is not below {slots} (KVM_CAP_NR_MEMSLOTS)"
+    size, was = int(region.memory_size), vm._slot_pages.get(int(region.slot), 0) * 4096
+    if not size and not was:
+        return f"slot {slot} does not exist, so memory_size=0 has nothing to delete"
+    if size and was and size != was:
+        return f"slot {slot} has {was:#x} bytes already: delete it first, with memory_size=0"
+    return ""
 
 
 def no_kvm(path: str, errno: int, proc: str = "/proc") -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 from pykvm._abi import ffi
+from pykvm.errors import KvmError
 
 from .handle import CapHandle
 from .ioctl import call, call_int
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from .handle import BytesLike
 
 PAGE_SIZE = 4096
@@ -55,8 +59,7 @@ class MemoryMixin(CapHandle):
         region.guest_phys_addr = guest_phys_addr
         region.memory_size = memory_size
         region.userspace_addr = userspace_addr
-        call(self, "KVM_SET_USER_MEMORY_REGION", region)
-        self._slot_is(slot, memory_size)
+        self._set_slot("KVM_SET_USER_MEMORY_REGION", region)
 
     def set_user_memory_region2(
         self,
@@ -92,14 +95,21 @@ class MemoryMixin(CapHandle):
         region.userspace_addr = userspace_addr
         region.guest_memfd = guest_memfd
         region.guest_memfd_offset = guest_memfd_offset
-        call(self, "KVM_SET_USER_MEMORY_REGION2", region)
-        self._slot_is(slot, memory_size)
+        self._set_slot("KVM_SET_USER_MEMORY_REGION2", region)
 
-    def _slot_is(self, slot: int, memory_size: int) -> None:
-        if memory_size:
-            self._slot_pages[slot] = memory_size // PAGE_SIZE
+    def _set_slot(self, name: str, region: Any) -> None:
+        try:
+            call(self, name, region)
+        except KvmError as error:
+            if error.errno == errno.EINVAL:
+                from .hints import broken_slot_rule
+
+                error.hint = broken_slot_rule(self, region) or error.hint
+            raise
+        if region.memory_size:
+            self._slot_pages[region.slot] = region.memory_size // PAGE_SIZE
         else:
-            self._slot_pages.pop(slot, None)
+            self._slot_pages.pop(region.slot, None)
 
     def create_guest_memfd(self, size: int, flags: int = 0) -> int:
         """KVM_CREATE_GUEST_MEMFD (api.rst 4.142): memory that belongs to this VM alone.
@@ -157,7 +167,7 @@ class MemoryMixin(CapHandle):
         """
         pages = self._slot_pages.get(slot)
         if pages is None:
-            raise ValueError(f"KVM_GET_DIRTY_LOG: slot {slot:#x} was not set through this Vm")
+            raise ValueError(f"KVM_GET_DIRTY_LOG: slot {slot} was not set through this Vm")
         bitmap = bytearray((pages + 63) // 64 * 8)
         log = ffi.new("struct kvm_dirty_log *", {"slot": slot})
         log.dirty_bitmap = buffer = ffi.from_buffer(bitmap, require_writable=True)

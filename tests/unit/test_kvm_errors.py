@@ -24,7 +24,7 @@ from tests.support.fake_ioctl import fake_kernel, fake_vcpu
     [
         ("create_irqchip", (), errno.EEXIST, "already"),
         ("create_vcpu", (0,), errno.EEXIST, "already"),
-        ("set_user_memory_region", (0, 1, 2, 3), errno.EINVAL, "multiples of 4096"),
+        ("set_user_memory_region", (0, 0, 4096, 0), errno.EINVAL, "multiples of 4096"),
         ("irq_line", (0, 1), errno.ENXIO, r"create_irqchip\(\)"),
         ("get_clock", (), errno.EIO, "fork"),
         ("get_clock", (), errno.ENOTTY, "does not know this ioctl"),
@@ -41,6 +41,46 @@ def test_an_errno_is_explained_for_the_ioctl_that_returned_it(
         assert (refused.value.ioctl, refused.value.errno) == (name, code)
         assert isinstance(refused.value, OSError)
         assert errno.errorcode[code] in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("slot", "gpa", "size", "hva", "words"),
+    [
+        (1, 0x1001, 0x1000, 0, "guest_phys_addr 0x1001 is not a multiple of 4096"),
+        (1, 0x1000, 0xFFF, 0, "memory_size 0xfff is not a multiple of 4096"),
+        (1, 0x1000, 0x1000, 8, "userspace_addr 0x8 is not a multiple of 4096"),
+        (32, 0, 0x1000, 0, r"slot 32 is not below 32 \(KVM_CAP_NR_MEMSLOTS\)"),
+        (0x2_0000, 0, 0x1000, 0, r"slot 0x20000 say address space 2, and this VM has 2"),
+        (2, 0, 0, 0, "slot 2 does not exist, so memory_size=0 has nothing to delete"),
+        (1, 0, 0x2000, 0, "slot 1 has 0x1000 bytes already: delete it first"),
+        (1, 0, 0x1000, 0, "a slot number that is too large, a size other"),  # who knows why
+    ],
+)
+def test_a_refused_memory_slot_is_told_which_rule_it_broke(
+    slot: int, gpa: int, size: int, hva: int, words: str
+) -> None:
+    with fake_vcpu() as (kernel, _, vm, _):
+        vm.set_user_memory_region(1, 0, 0x1000, 0)
+        kernel.caps["KVM_CAP_NR_MEMSLOTS"] = 32
+        kernel.caps["KVM_CAP_MULTI_ADDRESS_SPACE"] = 2
+        for name in ("KVM_SET_USER_MEMORY_REGION", "KVM_SET_USER_MEMORY_REGION2"):
+            kernel.answers[name] = -errno.EINVAL
+            with pytest.raises(KvmError, match=words):
+                getattr(vm, name[4:].lower())(slot, gpa, size, hva)
+        kernel.answers["KVM_GET_DIRTY_LOG"] = 0
+        vm.get_dirty_log(1)  # a slot that could not be changed is as it was
+
+
+def test_a_capability_that_does_not_exist_is_told_with_its_like() -> None:
+    with fake_vcpu() as (kernel, kvm, _, _):
+        for name in ("IRQCHIP", "kvm_cap_irqchip", "KVM_CAP_IRQCHIPS"):
+            with pytest.raises(ValueError, match=rf"'{name}': KVM_CAP_IRQCHIP[,?]"):
+                kvm.check_extension(name)
+        for name in ("KVM_CAP_SAUERKRAUT", "KVM_EXIT_IO"):
+            with pytest.raises(ValueError, match=rf"no capability is called '{name}'$"):
+                kvm.check_extension(name)
+        kernel.caps["KVM_CAP_IRQCHIP"] = 5
+        assert kvm.check_extension("KVM_CAP_IRQCHIP") == 5
 
 
 def test_every_hint_is_for_an_ioctl_and_an_errno_that_exist() -> None:
