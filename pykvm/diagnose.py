@@ -57,22 +57,40 @@ def explain(cpu: Cpu, reason: str, exit: Any, advice: str = "") -> VcpuExitError
     return VcpuExitError(f"{advice}\n{text}".lstrip(), exit)
 
 
-def incomplete(result: RunResult) -> PykvmError | None:
-    """What ``check()`` raises for a run that was cut short, or ended by a failing guest."""
+def incomplete(result: RunResult, cpu: Cpu) -> PykvmError | None:
+    """What ``check()`` raises for a run that was cut short, or ended by a failing guest.
+
+    ``cpu`` is the vCPU that ended it.
+    """
     if result.ok or result.reason == reasons.INTERRUPTED:
         return None
     if result.reason == reasons.DIVERGED:
         return ReplayError(str(result.exit))
     text = str(result)
     if result.reason == reasons.UNCLAIMED:
-        text += "\nclaim it: on_pio() or on_mmio(), or an action of m.pio and m.mmio"
-    elif result.reason == reasons.TIMEOUT and any(s.halted for s in result.cpus):
+        text += _unclaimed(result.exit, cpu)
+    elif result.reason == reasons.TIMEOUT:
         asleep = [s.index for s in result.cpus if s.halted and not s.interrupts]
         if asleep:
             text += f"\ncpu {asleep[0]} executed HLT with interrupts off: it never wakes"
+        for state in result.cpus:
+            if state.code and not any(state.code) and not (state.halted or state.waiting):
+                text += (
+                    f"\ncpu {state.index} executes zeros (00 00 is ADD [RAX],AL): nothing was "
+                    "loaded there, or the guest ran past the end of its code"
+                )
     if result.advice:
         text += f"\n{result.advice}"
     return RunError(text, result)
+
+
+def _unclaimed(access: Any, cpu: Cpu) -> str:
+    """Where the guest was, and what to do about a port or an address that nobody claimed."""
+    where = f"\n  {cpu.state()!r}\n"
+    if hasattr(access, "port"):
+        return f"{where}claim the port: m.on_pio(), or an action of m.pio"
+    ram = cpu.memory._map.describe(access.gpa)
+    return f"{where}a wrong pointer ({ram}), or a device: m.on_mmio(), or an action of m.mmio"
 
 
 def _known(cpu: Cpu) -> list[str]:

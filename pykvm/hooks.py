@@ -68,7 +68,16 @@ class Hooks:
 
         The range must not be RAM: KVM serves RAM itself. Else as :meth:`on_pio`, with a
         ``MmioAccess`` (``.gpa .size .is_write .value``); writes to a read-only region come too.
+
+        Raises:
+            ValueError: there is RAM in the range; BusOverlapError: it is claimed already.
         """
+        for region in self.memory.regions:
+            if gpa < region.end and region.guest_phys_addr < gpa + length and not region.readonly:
+                raise ValueError(
+                    f"{gpa:#x}..{gpa + length:#x} has RAM in it, which KVM serves itself: the "
+                    f"handler would not be called. It is {region.describe()}"
+                )
         return self._hook_range(self.mmio, gpa, handler, length)
 
     def _hook_range(self, bus: Bus, first: int, handler: Any, length: int) -> Any:

@@ -222,7 +222,7 @@ class Runs(Hooks):
         elif not result.ok:
             from pykvm.diagnose import incomplete
 
-            result.error = incomplete(result)
+            result.error = incomplete(result, cpu)
         self._last = result
 
     def _still_ended(self, cpu: Cpu) -> RunResult:

@@ -94,6 +94,13 @@ def test_a_write_to_a_rom_comes_as_mmio_and_changes_nothing() -> None:
         assert stores == [0x400000]
 
 
+def test_a_handler_over_ram_would_never_be_called(m: pykvm.Machine) -> None:
+    for gpa, length in ((0x1000, 4), (0x1FFFFF, 2), (0, 1 << 40)):
+        with pytest.raises(ValueError, match=r"KVM serves itself(.|\n)*0x0-0x1fffff"):
+            m.on_mmio(gpa, length, lambda exit: 0)
+    m.on_mmio(0x200000, 4, lambda exit: 0)
+
+
 def test_a_handlers_exception_is_the_callers(m: pykvm.Machine) -> None:
     start(m, "out 0x10,al; hlt")
 

@@ -48,9 +48,21 @@ def test_an_unclaimed_port_says_which_and_can_be_claimed_afterwards(m: pykvm.Mac
     result = run(m)
     assert result.reason == reasons.UNCLAIMED
     assert (result.exit.port, result.exit.value) == (0x42, 7)
-    with pytest.raises(pykvm.RunError, match="0x42"):
+    with pytest.raises(pykvm.RunError, match=r"0x42(.|\n)*at rip 0x800(.|\n)*m\.on_pio"):
         result.check()
     assert run(m).reason == reasons.HALTED
+
+
+def test_an_unclaimed_address_is_told_with_the_ram_and_where_the_guest_was(
+    m: pykvm.Machine,
+) -> None:
+    start(m, "nop; mov eax,[0x900000]; hlt")
+    result = run(m)
+    assert (result.reason, result.exit.gpa) == (reasons.UNCLAIMED, 0x900000)
+    told = str(result.error)
+    assert "at rip 0x8001 " in told and "RAM is 0x0-0x1fffff" in told and "on_mmio" in told
+    assert run(m).reason == reasons.HALTED
+    assert m.cpu.eax == 0xFFFFFFFF
 
 
 def test_debug_exit_carries_its_code(m: pykvm.Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -111,6 +112,31 @@ def test_a_rip_outside_ram_comes_before_all_else() -> None:
     found = explain.explain_internal_error(EMULATION, **context(state))
     assert "gpa 0x10000000, which is not RAM" in found.cause
     assert "not readable" in str(found)
+    assert len(found.hints) == 1  # no instruction is to blame where there is none
+
+
+def test_a_vcpu_that_was_never_entered_is_told_so() -> None:
+    state = real16()
+    state.regs.rip, state.sregs.cs.selector, state.sregs.cs.base = 0xFFF0, 0xF000, 0xFFFF0000
+    found = explain.explain_internal_error(EMULATION, **context(state))
+    assert "gpa 0xfffffff0, which is not RAM" in found.cause
+    assert "cpu.enter(mode, entry=gpa) was not called" in found.hints[1]
+
+
+@pytest.mark.parametrize(
+    ("make", "code", "words"),
+    [
+        (long64, "0f32", "RDMSR of MSR 0x12345 (ECX) raises #GP if KVM or the vCPU's CPUID does"),
+        (long64, "0f30", "WRMSR of MSR 0x12345 (ECX) raises #GP if KVM or the vCPU's CPUID does"),
+        (long64_ring3, "0f32", "RDMSR raises #GP in ring 3"),
+    ],
+)
+def test_an_msr_that_is_not_there_is_named(make: Callable[[], Any], code: str, words: str) -> None:
+    state = with_code(make(), bytes.fromhex(code))
+    state.regs.rcx = 0xFFFFFFFF_00012345
+    found = explain.explain_shutdown(**context(state))
+    assert found.cause.startswith(words)
+    assert ("does not take this value" in found.cause) == (code == "0f30")
 
 
 def test_zeros_at_rip_are_noticed() -> None:

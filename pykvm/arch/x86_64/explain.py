@@ -252,7 +252,13 @@ def explain_internal_error(
         found.code = bytes(insn)
         found.instruction = family(found.code, _code64(sregs))
     hints = _fetch_hints(found, memory)
-    if suberror == "KVM_INTERNAL_ERROR_EMULATION":
+    if regs is not None and _looks_reset(sregs, regs):
+        hints.append(
+            "these are the registers of a processor after reset: cpu.enter(mode, entry=gpa) was "
+            "not called, or the guest reset itself"
+        )
+    no_code = found.walk is not None and not found.code  # then the emulator is not to blame
+    if suberror == "KVM_INTERNAL_ERROR_EMULATION" and not no_code:
         hints += _emulation_hints(found, sregs)
     elif suberror == "KVM_INTERNAL_ERROR_DELIVERY_EV":
         hints.append(
@@ -314,7 +320,7 @@ def explain_shutdown(
         )
     if memory is not None and found.walk is not None:
         found.stack_walk = _walk_stack(memory, sregs, regs, phys_bits)
-    hints += _exception_hints(found, sregs)
+    hints += _exception_hints(found, sregs, regs)
     hints += _idt_hints(memory, sregs)
     stack = found.stack_walk
     if stack is not None and (stack.fault is not None or not _is_ram(memory, stack.gpa)):
@@ -342,7 +348,7 @@ def _walk_stack(memory: Any, sregs: Any, regs: Any, phys_bits: int) -> Walk:
     return walk_sregs(memory, sregs, _linear(sregs, sregs.ss, offset), "w", phys_bits=phys_bits)
 
 
-def _exception_hints(found: Explanation, sregs: Any) -> list[str]:
+def _exception_hints(found: Explanation, sregs: Any, regs: Any) -> list[str]:
     """Which exception the instruction at RIP is likely to raise by itself."""
     ring = int(sregs.ss.dpl) & 3 if int(sregs.cr0) & 1 else 0
     code = found.code
@@ -353,6 +359,15 @@ def _exception_hints(found: Explanation, sregs: Any) -> list[str]:
     for prefix, bit, name in (("SSE", 9, "OSFXSR"), ("SSSE3", 9, "OSFXSR"), ("AVX", 18, "OSXSAVE")):
         if found.instruction.startswith(prefix) and not int(sregs.cr4) >> bit & 1:
             return [f"{found.instruction}: with CR4.{name}=0 {prefix} raises #UD"]
+    if code[:2] in (b"\x0f\x30", b"\x0f\x32"):
+        name, msr = "RDMSR" if code[1] == 0x32 else "WRMSR", int(regs.rcx) & 0xFFFFFFFF
+        if ring:
+            return [f"{name} raises #GP in ring {ring}"]
+        value = "" if name == "RDMSR" else ", or it does not take this value"
+        return [
+            f"{name} of MSR {msr:#x} (ECX) raises #GP if KVM or the vCPU's CPUID does not have it"
+            f"{value}; m.on_msr({msr:#x}, …) serves it here"
+        ]
     if ring and code[:1] in (b"\xf4", b"\xfa", b"\xfb"):
         name = {0xF4: "HLT", 0xFA: "CLI", 0xFB: "STI"}[code[0]]
         return [
