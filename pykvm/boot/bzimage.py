@@ -203,7 +203,7 @@ def _keep(job: Job, digest: str, kernel: Image, alias: str) -> None:
     if job.cache.find(digest) is not None:  # of another file, or by another process meanwhile
         job.cache.link(alias, digest)
     elif not job.cache.store(digest, kernel, alias):
-        reason = f"{job.cache.folder} cannot be written"
+        reason = f"{job.cache.folder} cannot be written: {job.cache.trouble}"
         job.plan.notes.append(f"the unpacked kernel was not kept: {reason}")
     job.lap("store")
 

@@ -82,10 +82,14 @@ class Cache:
 
     Args:
         folder: where; made when something is stored. None keeps nothing.
+
+    Attributes:
+        trouble: why the last ``store`` failed, or "".
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self.folder = None if folder is None else os.fspath(folder)
+        self.trouble = ""
 
     def find(self, name: str) -> Image | None:
         """The entry of this digest, or of the file with this ``identity``, or None."""
@@ -113,7 +117,8 @@ class Cache:
         try:
             os.makedirs(self.folder, mode=0o700, exist_ok=True)
             self._write(name + _SUFFIX, image)
-        except OSError:
+        except OSError as error:
+            self.trouble = error.strerror or str(error)
             return False
         self.link(alias, name)
         _try(self._sweep, name + _SUFFIX)

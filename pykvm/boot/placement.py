@@ -50,6 +50,12 @@ class Placement:
         """Raise BootError unless all of a range is RAM, which a ROM is not."""
         found = self._ram_end(gpa)
         if found < gpa + length:
+            top = max((r.guest_phys_addr + r.memory_size for r in self._mem.regions), default=0)
+            if found >= top:
+                raise BootError(
+                    f"{what}: expected RAM at {gpa:#x}..{gpa + length - 1:#x}, found its end at "
+                    f"{top:#x}: the machine needs more memory"
+                )
             where = f"a hole or a ROM at {found:#x} in {self._mem!r}"
             raise BootError(
                 f"{what}: expected RAM at {gpa:#x}..{gpa + length - 1:#x}, found {where}"

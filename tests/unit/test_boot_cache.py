@@ -301,7 +301,9 @@ def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None
     blocker.touch()
     plan, ram = load(bzimage(), blocker / "vmlinux")
     assert plan.cache_hit is False and ram[PREF : PREF + len(CODE)] == CODE
-    assert plan.notes == [f"the unpacked kernel was not kept: {blocker}/vmlinux cannot be written"]
+    assert plan.notes == [
+        f"the unpacked kernel was not kept: {blocker}/vmlinux cannot be written: Not a directory"
+    ]
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(
@@ -315,6 +317,7 @@ def test_a_write_that_fails_half_way_leaves_nothing(
 
     monkeypatch.setattr(caching, "_parts", full)
     plan, _ = load(bzimage(), folder)
+    assert plan.notes[0].endswith("cannot be written: No space left on device")
     assert "was not kept" in plan.notes[0] and list(folder.iterdir()) == []
 
 

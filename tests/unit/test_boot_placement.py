@@ -54,6 +54,13 @@ def test_a_claim_must_be_ram_to_its_end_over_regions_that_adjoin() -> None:
         made.claim(0x280000, 1, "nowhere")
 
 
+@pytest.mark.parametrize(("gpa", "length"), [(16 * MIB - 1, 2), (16 * MIB, 1), (1 << 40, MIB)])
+def test_what_lies_above_all_ram_needs_more_of_it(gpa: int, length: int) -> None:
+    found = r"kernel: expected RAM at .*, found its end at 0x1000000: the machine needs more memory"
+    with pytest.raises(BootError, match=found):
+        placement((0, 15 * MIB), (15 * MIB, MIB)).claim(gpa, length, "kernel")
+
+
 def test_a_rom_is_no_ram() -> None:
     with GuestMemory(MIB) as mem:
         mem.add(MIB, MIB, readonly=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +27,28 @@ def test_a_second_writer_is_told_who_has_the_disk(image: Path) -> None:
             with pytest.raises(DiskError, match="this process"):
                 open_raw(image, readonly=readonly)
     open_raw(image).close()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_file_that_may_only_be_read_says_how(
+    image: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.open
+
+    def guarded(path: Any, flags: int, *rest: Any) -> int:
+        if flags & os.O_RDWR:
+            raise OSError(code, os.strerror(code), path)
+        return real(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", guarded)  # root may write all
+    words = f"{os.strerror(code)} to write it: open it with ro, or as overlay"
+    with pytest.raises(OSError, match=words) as refused:
+        open_raw(image)
+    assert refused.value.filename == str(image)
+    open_raw(image, readonly=True).close()
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(OSError, match=rf"{os.strerror(code)}: '"):
+        open_raw(image)
 
 
 def test_readers_share_and_keep_writers_out(image: Path) -> None:

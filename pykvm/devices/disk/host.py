@@ -82,7 +82,14 @@ class HostFile:
         flags = os.O_RDONLY if readonly else os.O_RDWR
         # A FIFO would block without O_NONBLOCK; files and disks do not look at it.
         flags |= os.O_CLOEXEC | os.O_NONBLOCK | (os.O_DIRECT if direct else 0)
-        return cls(os.open(path, flags), path)
+        try:
+            fd = os.open(path, flags)
+        except OSError as error:
+            denied = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+            if denied and not readonly and os.access(path, os.R_OK):
+                error.strerror = f"{error.strerror} to write it: open it with ro, or as overlay"
+            raise
+        return cls(fd, path)
 
     @classmethod
     def temporary(cls, folder: str, size: int) -> Self:
