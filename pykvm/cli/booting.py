@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 import time
 
 from pykvm import result as reasons
 
 from . import exitcodes
+from .failures import tell
 from .output import ConsoleOutput, standard_output
 
 TYPE_CHECKING = False
@@ -109,8 +109,8 @@ def boot(
         noted = len(plan.notes)
         if verbose:
             for line in [repr(plan), *plan.notes]:
-                _say(f"pykvm: {line}")
-            _say(f"pykvm: ready after {time.monotonic() - began:.3f} s")
+                tell(f"pykvm: {line}")
+            tell(f"pykvm: ready after {time.monotonic() - began:.3f} s")
         output.on_error = m.stop
         gc.enable()
         commands = {b"x": lambda: m.stop(reasons.INTERRUPTED), b"b": m.console.send_break}
@@ -134,12 +134,8 @@ def boot(
         output.close_line()
         _tell(kernel, result, panic, lines, verbose)
         for note in plan.notes[noted:] if verbose else ():
-            _say(f"pykvm: {note}")
+            tell(f"pykvm: {note}")
     return code
-
-
-def _say(text: str = "") -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def _debug(m: Machine, address: str, anywhere: bool, timeout: float | None) -> RunResult:
@@ -147,7 +143,7 @@ def _debug(m: Machine, address: str, anywhere: bool, timeout: float | None) -> R
 
     try:
         return run_under_gdb(
-            m, address, lambda text: _say(f"pykvm: {text}"), anywhere=anywhere, timeout=timeout
+            m, address, lambda text: tell(f"pykvm: {text}"), anywhere=anywhere, timeout=timeout
         )
     except ValueError as error:
         raise UsageProblem(str(error)) from error
@@ -213,22 +209,22 @@ class _Doubt:
 def _tell(kernel: str, result: RunResult, panic: str, lines: list[str], verbose: bool) -> None:
     name = os.path.basename(kernel)
     code = "" if result.reason != reasons.DEBUG_EXIT else f" {result.code}"
-    _say(f"pykvm: {name}: {result.reason}{code} after {result.seconds:.3g} s")
+    tell(f"pykvm: {name}: {result.reason}{code} after {result.seconds:.3g} s")
     if panic:
-        _say(f"  {panic}")
+        tell(f"  {panic}")
     if result.advice and result.reason not in _EXPLAINED:
-        _say(f"  {result.advice}")
+        tell(f"  {result.advice}")
     for cpu in result.cpus:
-        _say(f"  {cpu!r}")
+        tell(f"  {cpu!r}")
     if result.reason in reasons.WATCHED and lines:
-        _say("  the console's last lines:")
+        tell("  the console's last lines:")
         for line in lines:
-            _say(f"  | {line}")
+            tell(f"  | {line}")
     if result.reason in _EXPLAINED:
-        _say(str(result.error))
+        tell(str(result.error))
     if verbose:
         phases = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in result.timings.items())
-        _say(f"pykvm: {phases}; {result.exits} exits")
+        tell(f"pykvm: {phases}; {result.exits} exits")
 
 
 _EXPLAINED = (reasons.SHUTDOWN, reasons.FAILED_ENTRY, reasons.INTERNAL_ERROR)

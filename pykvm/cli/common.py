@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import click
@@ -10,9 +11,10 @@ from pykvm.errors import PykvmError
 from pykvm.memory.units import parse_size
 
 from . import exitcodes
-from .failures import message, settle_output
+from .failures import message, settle_output, tell
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Any
 
     IntParam = click.ParamType[int]
@@ -30,7 +32,7 @@ class Failure(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         """Print the message."""
-        click.echo(f"pykvm: {self.message}", file=file, err=True)
+        tell(f"pykvm: {self.message}")
 
 
 class Cli(click.Group):
@@ -40,20 +42,31 @@ class Cli(click.Group):
     a bug, and comes as it is anyway.
     """
 
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Read the command line, which also prints ``--help`` and ``--version``."""
+        with _told({}):
+            return super().make_context(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        try:
+        with _told(ctx.meta):
             return super().invoke(ctx)
-        except KeyboardInterrupt:
-            raise click.exceptions.Exit(exitcodes.INTERRUPTED) from None
-        except BrokenPipeError:
-            settle_output()
-            raise click.exceptions.Exit(exitcodes.BROKEN_PIPE) from None
-        except (PykvmError, LookupError, OSError) as error:
-            settle_output()
-            if ctx.meta.get(_DEBUG) or isinstance(error, (KeyError, IndexError)):
-                raise
-            raise Failure(message(error)) from error
+
+
+@contextmanager
+def _told(meta: dict[str, Any]) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.exceptions.Exit(exitcodes.INTERRUPTED) from None
+    except BrokenPipeError:
+        settle_output()
+        raise click.exceptions.Exit(exitcodes.BROKEN_PIPE) from None
+    except (PykvmError, LookupError, OSError) as error:
+        settle_output()
+        if meta.get(_DEBUG) or isinstance(error, (KeyError, IndexError)):
+            raise
+        raise Failure(message(error)) from error
 
 
 def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -7,6 +7,8 @@ import os
 import select
 import sys
 
+from .failures import tell
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -100,5 +102,7 @@ class ConsoleOutput:
 
     def close_line(self) -> None:
         """On a terminal, keep our closing line apart from a last line that has no end."""
-        if self._last not in (b"", b"\n") and sys.stdout.isatty() and sys.stderr.isatty():
-            print(file=sys.stderr, flush=True)
+        if self._last in (b"", b"\n") or sys.stderr is None:
+            return
+        if sys.stdout.isatty() and sys.stderr.isatty():
+            tell("")

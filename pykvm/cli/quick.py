@@ -145,6 +145,15 @@ def _parse(words: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     """The entry point, ``pykvm``: ends the process with the exit code."""
+    try:
+        _main()
+    except KeyboardInterrupt:  # while modules come: later it is an end like others
+        from . import exitcodes
+
+        sys.exit(exitcodes.INTERRUPTED)
+
+
+def _main() -> None:
     options = parse(sys.argv[2:]) if sys.argv[1:2] == ["boot"] else None
     if options is not None:
         gc.disable()  # while modules come: they are no garbage. booting enables it for the run
@@ -166,7 +175,7 @@ def _run(boot: Callable[..., int], options: dict[str, Any]) -> int:
     from pykvm.errors import PykvmError
 
     from . import exitcodes
-    from .failures import message, settle_output
+    from .failures import message, settle_output, tell
 
     try:
         return boot(**options)
@@ -179,5 +188,5 @@ def _run(boot: Callable[..., int], options: dict[str, Any]) -> int:
         settle_output()
         if isinstance(error, (KeyError, IndexError)):
             raise
-        print(f"pykvm: {message(error)}", file=sys.stderr)
+        tell(f"pykvm: {message(error)}")
         return exitcodes.ERROR

@@ -12,6 +12,7 @@ from pykvm.errors import AsmError, BootError, CapabilityError, PykvmError, VcpuE
 
 from . import exitcodes
 from .common import Count, Seconds, Size, write_json
+from .failures import tell
 from .machine_options import RunCommand, disk_option, ioctls_told, test_devices_option, watching
 from .output import ConsoleOutput, standard_output
 
@@ -166,7 +167,7 @@ def run(
         write_json(_describe(found, result, code, output.text))
     else:
         output.close_line()
-        click.echo(_summary(found, result), err=True)
+        tell(_summary(found, result))
     raise click.exceptions.Exit(code)
 
 
@@ -234,7 +235,7 @@ def _under_gdb(
     return run_under_gdb(
         m,
         gdb[0],
-        lambda text: click.echo(f"pykvm: {text}", err=True),
+        lambda text: tell(f"pykvm: {text}"),
         anywhere=gdb[1],
         timeout=timeout,
         max_exits=max_exits,

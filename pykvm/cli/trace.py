@@ -7,7 +7,7 @@ import click
 from .common import Count, Failure, debug_option, json_option, write_json
 
 
-@click.group()
+@click.group(short_help="Look at traces, which --trace FILE writes.")
 @debug_option
 def trace() -> None:
     """Look at traces, which "pykvm run --trace FILE" and "pykvm boot --trace FILE" write."""

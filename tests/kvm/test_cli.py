@@ -7,6 +7,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,11 @@ from pykvm import guestlib
 from pykvm.cli import exitcodes
 from pykvm.cli.main import cli
 from pykvm.result import RunResult
+from tests.support import plain
 
 COMMAND = [sys.executable, "-m", "pykvm"]
 
-#: As users have it. Unbuffered, what cannot be written would not wait for the interpreter's end.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+ENVIRONMENT = plain.environment()
 
 HALT = b"\xf4"
 LOOP = b"\xeb\xfe"
@@ -191,6 +192,19 @@ def test_a_full_disk_ends_the_run_with_one_message() -> None:
         done = spawn("run", "hello", stdout=full)
     assert done.returncode == exitcodes.ERROR
     assert done.stderr == b"pykvm: No space left on device\n"
+
+
+@pytest.mark.parametrize(("code", "status"), [(HALT, 0), (b"\xb0\x05" + EXIT + HALT, 205)])
+def test_who_cannot_be_told_why_it_ended_has_the_exit_code(
+    flat: Callable[[bytes], str], code: bytes, status: int
+) -> None:
+    image = flat(b"\xb0A" + OUT + code)
+    with open("/dev/full", "wb") as full:
+        done = spawn("run", image, stderr=full)
+    assert (done.returncode, done.stdout) == (status, b"A")
+    line = shlex.join([*COMMAND, "run", image]) + " 2>&-"
+    closed = subprocess.run(["sh", "-c", line], capture_output=True, env=ENVIRONMENT, check=False)
+    assert (closed.returncode, closed.stdout) == (status, b"A")  # nor told on standard output
 
 
 # ---- exit codes --------------------------------------------------------------------------------

@@ -26,16 +26,16 @@ from pykvm.cli.main import cli
 from pykvm.cli.output import ConsoleOutput
 from pykvm.doctor import host, measure
 from pykvm.result import RunResult
+from tests.support import plain
 
 COMMAND = [sys.executable, "-m", "pykvm"]
 
-#: As users have it. Unbuffered, what cannot be written would not wait for the interpreter's end.
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+ENVIRONMENT = plain.environment()
 
 
 def invoke(*args: str) -> Result:
     """Run the command line in this process."""
-    return CliRunner().invoke(cli, args, prog_name="pykvm")
+    return CliRunner(env=plain.unset()).invoke(cli, args, prog_name="pykvm")
 
 
 def spawn(*args: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -255,7 +255,9 @@ def test_a_reader_that_has_left_is_no_error(args: list[str]) -> None:
     assert done.stderr == b""
 
 
-@pytest.mark.parametrize("args", [["guests"], ["guests", "--json"]])
+@pytest.mark.parametrize(
+    "args", [["guests"], ["guests", "--json"], ["--help"], ["--version"], ["run", "--help"]]
+)
 def test_a_full_disk_is_one_message(args: list[str]) -> None:
     with open("/dev/full", "wb") as full:
         done = spawn(*args, stdout=full)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.support import plain
 
 TESTS = Path(__file__).resolve().parents[1]
 
@@ -43,7 +44,7 @@ def run(tmp_path: Path) -> Run:
         source: str, *options: str, device: str = "/dev/null"
     ) -> subprocess.CompletedProcess[str]:
         (tests / "kvm" / "test_small.py").write_text(source)
-        environment = os.environ | {
+        environment = plain.environment() | {
             "PYKVM_TEST_DEVICE": device,
             "PYTHONPATH": str(TESTS.parent),
             "PYTEST_ADDOPTS": "-p no:cacheprovider",
@@ -141,6 +142,13 @@ def test_what_a_test_leaves_behind_fails_it(run: Run, body: str, left: str) -> N
     done = run(source)
     assert done.returncode == 1
     assert "left behind:" in done.stdout and left in done.stdout
+
+
+def test_ctrl_c_in_the_midst_of_a_test_is_no_leak_of_its(run: Run) -> None:
+    source = "import os\ndef test_long(no_leak):\n    os.eventfd(0)\n    raise KeyboardInterrupt\n"
+    done = run(source)
+    assert done.returncode == pytest.ExitCode.INTERRUPTED
+    assert "left behind" not in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
 def test_what_a_test_closes_is_not_held_against_it(run: Run) -> None:
