@@ -30,9 +30,9 @@ def test_slots_that_overlap_or_are_misaligned_are_refused_in_words(vm: Vm) -> No
     with ram(vm) as memory:
         with pytest.raises(KvmError, match="overlaps another slot"):
             vm.set_user_memory_region(1, 0x8000, 0x10000, memory.address)
-        with pytest.raises(KvmError, match="multiples of 4096"):
+        with pytest.raises(KvmError, match="guest_phys_addr 0x100001 is not a multiple of 4096"):
             vm.set_user_memory_region(1, 0x100001, 0x1000, memory.address)
-        with pytest.raises(KvmError, match="delete it first"):
+        with pytest.raises(KvmError, match="slot 0 has 0x10000 bytes already: delete it first"):
             vm.set_user_memory_region(0, 0, 0x8000, memory.address)
         vm.set_user_memory_region(0, 0x40000, 0x10000, memory.address)  # moved
         vm.set_user_memory_region(0, 0x40000, 0, 0)  # deleted
