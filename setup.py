@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -31,7 +32,7 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
-        """Generate, compile our C with its own warnings, then let setuptools do the rest."""
+        """Generate, compile on all processors, ours with warnings; setuptools does the rest."""
         import build_ffi
         from gen_kvm_cdef import BuildError
 
@@ -48,15 +49,23 @@ class BuildNative(build_ext):
         if os.environ.get("PYKVM_WERROR") == "1":
             warnings.append("-Werror")
         ext.include_dirs = ["csrc", folder]
-        ext.extra_objects = self.compiler.compile(
-            build_ffi.sources(),
-            output_dir=self.build_temp,
-            include_dirs=ext.include_dirs,
-            macros=[("Py_LIMITED_API", "0x030b0000")] if ABI3 else [],
-            extra_postargs=flags + warnings,
-        )
-        ext.sources = [os.path.join(folder, "_native.c")]
-        ext.extra_compile_args = flags
+        limited = [("Py_LIMITED_API", "0x030b0000")] if ABI3 else []
+        generated = (os.path.join(folder, "_native.c"), ext.define_macros, flags)
+        ours = [(source, limited, flags + warnings) for source in build_ffi.sources()]
+
+        def compiled(source: str, macros: list[tuple[str, str]], flags: list[str]) -> list[str]:
+            made: list[str] = self.compiler.compile(
+                [source],
+                output_dir=self.build_temp,
+                include_dirs=ext.include_dirs,
+                macros=macros,
+                extra_postargs=flags,
+            )
+            return made
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # the largest first
+            made = pool.map(compiled, *zip(generated, *ours, strict=True))
+            ext.extra_objects = [name for names in made for name in names]
         super().build_extension(ext)
 
 

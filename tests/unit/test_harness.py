@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,7 @@ def run(tmp_path: Path) -> Run:
         environment = plain.environment() | {
             "PYKVM_TEST_DEVICE": device,
             "PYTHONPATH": str(TESTS.parent),
-            "PYTEST_ADDOPTS": "-p no:cacheprovider",
+            "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest",
         }
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-ra", "--rootdir", str(tmp_path), *options, "tests"],
@@ -123,25 +124,33 @@ def test_a_test_may_ask_for_more_time(run: Run) -> None:
     assert run(source, "--watchdog", "0.1").returncode == 0
 
 
-@pytest.mark.parametrize(
-    ("body", "left"),
-    [
-        ("os.eventfd(0)", "1 × fd anon_inode:[eventfd]"),
-        ("os.pipe()", "2 × fd pipe"),
-        ("threading.Thread(target=threading.Event().wait, daemon=True).start()", "1 × thread"),
-        ("kept.append(mmap.mmap(os.memfd_create('x'), 4096))", "mapping /memfd:x"),
-    ],
-)
-def test_what_a_test_leaves_behind_fails_it(run: Run, body: str, left: str) -> None:
-    body = body.replace("os.memfd_create('x')", "memfd()")
+LEFT = {
+    "os.eventfd(0)": "1 × fd anon_inode:[eventfd]",
+    "os.pipe()": "2 × fd pipe",
+    "threading.Thread(target=threading.Event().wait, daemon=True).start()": "1 × thread",
+    "kept.append(mmap.mmap(memfd(), 4096))": "mapping /memfd:x",
+}
+CLOSED = """
+    os.close(os.eventfd(0))
+    thread = threading.Thread(target=len, args=('',)); thread.start(); thread.join()
+"""
+
+
+def test_what_a_test_leaves_behind_fails_it_and_what_it_closes_does_not(run: Run) -> None:
     source = (
         "import mmap, os, threading\nkept = []\n"
         "def memfd():\n    fd = os.memfd_create('x'); os.truncate(fd, 4096); return fd\n"
-        f"def test_leaks(no_leak): {body}\n"
     )
+    for number, body in enumerate((CLOSED, *LEFT)):
+        source += f"def test_{number}(no_leak): {body}\n"
     done = run(source)
     assert done.returncode == 1
-    assert "left behind:" in done.stdout and left in done.stdout
+    assert re.findall(r"ERROR at teardown of (\w+)", done.stdout) == [
+        f"test_{1 + number}" for number in range(len(LEFT))
+    ]
+    found = re.findall(r"^E +AssertionError: left behind: (.*)", done.stdout, re.M)
+    for left, line in zip(LEFT.values(), found, strict=True):
+        assert left in line
 
 
 def test_ctrl_c_in_the_midst_of_a_test_is_no_leak_of_its(run: Run) -> None:
@@ -149,13 +158,3 @@ def test_ctrl_c_in_the_midst_of_a_test_is_no_leak_of_its(run: Run) -> None:
     done = run(source)
     assert done.returncode == pytest.ExitCode.INTERRUPTED
     assert "left behind" not in done.stdout + done.stderr and "Traceback" not in done.stderr
-
-
-def test_what_a_test_closes_is_not_held_against_it(run: Run) -> None:
-    source = (
-        "import os, threading\n"
-        "def test_clean(no_leak):\n"
-        "    os.close(os.eventfd(0))\n"
-        "    thread = threading.Thread(target=len, args=('',)); thread.start(); thread.join()\n"
-    )
-    assert run(source).returncode == 0
