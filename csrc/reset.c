@@ -47,9 +47,24 @@ static int holds(const uint64_t *bitmap, uint64_t page)
 
 /* ---- memory ---------------------------------------------------------------------------------- */
 
+/* A page was written from the image, which knows of no stops: plant those that are on it. */
+static void plant(const struct pykvm_reset *reset, const uint8_t *page)
+{
+    uint32_t low = 0, high = reset->plant_count;
+    while (low < high) {
+        uint32_t middle = low + (high - low) / 2;
+        if (reset->plants[middle] < page)
+            low = middle + 1;
+        else
+            high = middle;
+    }
+    for (; low < reset->plant_count && reset->plants[low] < page + PAGE; low++)
+        *reset->plants[low] = (uint8_t)reset->plant;
+}
+
 /* The pages of one word of the bitmaps; compared first, or not. */
-static void put_back(struct pykvm_reset_slot *slot, uint64_t word, uint64_t bits, int compare,
-                     uint64_t *looked, uint64_t *copied)
+static void put_back(const struct pykvm_reset *reset, struct pykvm_reset_slot *slot, uint64_t word,
+                     uint64_t bits, int compare, uint64_t *looked, uint64_t *copied)
 {
     for (; bits; bits &= bits - 1) {
         uint64_t page = word * 64 + (uint64_t)__builtin_ctzll(bits);
@@ -64,6 +79,8 @@ static void put_back(struct pykvm_reset_slot *slot, uint64_t word, uint64_t bits
         if (compare && !memcmp(to, from, PAGE))
             continue;
         memcpy(to, from, PAGE);
+        if (reset->plant_count)
+            plant(reset, to);
         ++*copied;
     }
 }
@@ -112,10 +129,10 @@ int pykvm_reset_memory(struct pykvm_reset *reset)
                 bits |= slot->dirty[word];
             slot->touched[word] = 0;
             if (bits)
-                put_back(slot, word, bits, compare, &looked, &copied);
+                put_back(reset, slot, word, bits, compare, &looked, &copied);
             if (exposed & ~bits) { /* most likely as they were: not part of the reckoning */
                 uint64_t ignored = 0;
-                put_back(slot, word, exposed & ~bits, 1, &ignored, &reset->copied);
+                put_back(reset, slot, word, exposed & ~bits, 1, &ignored, &reset->copied);
                 reset->looked += ignored;
             }
         }
@@ -209,9 +226,6 @@ int pykvm_reset(struct pykvm_reset *reset)
         reset->failed = PYKVM_RESET_FAILED_LOG;
         return error;
     }
-    for (uint32_t i = 0; i < reset->plant_count; i++)
-        if (*reset->plants[i] != reset->plant)
-            *reset->plants[i] = (uint8_t)reset->plant;
     for (uint32_t i = 0; i < reset->vcpu_count; i++) {
         error = leave_nested(&reset->vcpus[i]);
         if (error) {

@@ -13,7 +13,7 @@ from struct import Struct
 
 from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
-from pykvm.debug.planted import IN_AL_DX
+from pykvm.debug.planted import Ordered
 from pykvm.errors import GuestMemoryError
 from pykvm.snapshot import devices as devices_of
 from pykvm.snapshot.reset import PATIENCE
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.debug.coverage import Coverage
+    from pykvm.debug.planted import Planted
     from pykvm.machine import Machine
     from pykvm.snapshots import Snapshot
 
@@ -175,6 +176,8 @@ class _Fuzzer:
         self._found: dict[int, int] = {}
         self._reasons: dict[int, tuple[str, int | None]] = {}
         self._ended = 0
+        self._ordered: Any = None
+        self._renewed = -1
         if isinstance(coverage, tuple):
             gpa, length = coverage
             c.map, _, _ = self._place(gpa, length)
@@ -202,11 +205,28 @@ class _Fuzzer:
         c = plan_of(self._machine, self._snapshot).c
         kept = c.resets, c.differing, c.waste
         c.waste, c.patience = 0, 1 << 30
+        # That stops lie over the snapshot's own bytes need not be looked at again.
+        planted = self._stops()
+        known = planted is not None and planted.renewed == self._renewed
+        if known:
+            self._ordered.give(c)
         try:
-            self._snapshot.put_back(self._machine, resume=False)  # as after every other input
+            # as after every other input
+            self._snapshot.put_back(self._machine, resume=False, planted=known)
         finally:
-            c.patience = PATIENCE
+            c.patience, c.plant_count = PATIENCE, 0
             c.resets, c.differing, c.waste = kept
+        if planted is not None:
+            self._renewed = planted.renewed
+
+    def _stops(self) -> Planted | None:
+        """Stops planted in memory. They are no part of the snapshot: C plants them with resets."""
+        debugger = self._machine._debugger
+        if debugger is None:
+            return None
+        if self._ordered is None:
+            self._ordered = Ordered(debugger.planted)
+        return debugger.planted
 
     # ---- batches -------------------------------------------------------------------------------
 
@@ -270,11 +290,13 @@ class _Fuzzer:
         ranges = ffi.new("struct pykvm_range *[]", stateful)
         c.stateful, c.stateful_count = ranges, len(stateful)
         c.hooked = lib.KVM_EXIT_HLT in machine._hooks
-        if lib.KVM_EXIT_SHUTDOWN in machine._hooks or self._planted():
+        planted = self._stops()
+        if planted is not None:
+            self._ordered.give(self._plan.c)
+        if lib.KVM_EXIT_SHUTDOWN in machine._hooks or planted:
             c.hooked |= 2  # without an IDT, a planted stop in ring 3 is one
         if machine._virtio is not None and any(each.started for each in machine._virtio.threads):
             c.hooked |= 4  # they may be at work: wait for them, and put devices back, each time
-        self._plant()
         self._found.clear()
         self._reasons.clear()
         self._plan.before()
@@ -345,30 +367,13 @@ class _Fuzzer:
             self._found[c.next] = len(self._blocks.hit) - reached
         self._ended = outcome
         self._reasons[c.next] = end.reason, end.code
-        debugger = machine._debugger
-        if debugger is not None and len(debugger.planted) != self._plan.c.plant_count:
-            self._plant()  # one was hit, and is gone
+        if self._stops() is not None:
+            self._ordered.give(self._plan.c)  # one was hit, and is gone
         with quiet(machine):
             failed = lib.pykvm_fuzz_end(c, outcome)
             if failed:
                 self._again(failed)
             devices_of.restore(self._devices, self._snapshot.devices)
-
-    def _planted(self) -> Iterable[tuple[int, int]]:
-        debugger = self._machine._debugger
-        return () if debugger is None else debugger.planted
-
-    def _plant(self) -> None:
-        """Stops planted in memory are no part of the snapshot: C plants them after each reset."""
-        c, memory = self._plan.c, self._machine.memory
-        places = []
-        for gpa, _ in self._planted():
-            region = memory.region_at(gpa)
-            places.append(
-                ffi.cast("uint8_t *", region.userspace_addr + gpa - region.guest_phys_addr)
-            )
-        self._plants = c.plants = ffi.new("uint8_t *[]", places)
-        c.plant_count, c.plant = len(places), IN_AL_DX
 
     def _again(self, error: int) -> None:
         """A reset failed: with an access still open, have it completed with care."""

@@ -134,12 +134,13 @@ class Snapshot(Closing):
         self.put_back(machine)
         _tell(machine, value)
 
-    def put_back(self, machine: Machine, resume: bool = True) -> None:
+    def put_back(self, machine: Machine, resume: bool = True, planted: bool = False) -> None:
         """:meth:`restore`, but for a ``stop()``, which stays for the next run.
 
         Args:
             machine: which.
             resume: have devices look for what was asked for and not done.
+            planted: the plan sees to stops in the guest's code.
         """
         _check(machine)
         if any(runner.log is not None for runner in machine._runners):
@@ -153,7 +154,7 @@ class Snapshot(Closing):
                     raise SnapshotError("a vCPU does not come to the end of its instruction")
             self.finish(machine, devices_of.find((machine.pio, machine.mmio)), resume)
             if machine._debugger is not None:
-                machine._debugger.restored()
+                machine._debugger.restored(planted)
 
     def finish(self, machine: Machine, devices: dict[str, Any], resume: bool = True) -> None:
         """After KVM's part: devices, and what Python remembers."""

@@ -60,7 +60,8 @@ struct pykvm_reset {
     uint32_t mode;
     uint32_t failed;    /* index of the call that failed, or enum pykvm_reset_failed */
     int64_t result;     /* what it returned */
-    uint8_t **plants;   /* places in memory that hold `plant` whatever the images say: stops */
+    uint8_t **plants;   /* places in memory, in order, that hold `plant` whatever the images say:
+                           stops.  They are planted on pages that are put back; others have them */
     uint32_t plant_count;
     uint32_t plant;
     uint64_t patience;  /* clean pages to look at for every page that would fault anew */

@@ -199,11 +199,16 @@ class Debugger(Stepping):
             return True
         return bool(self.planted) and self.gpa(cpu, address) in self.planted
 
-    def restored(self) -> None:
-        """Memory and vCPUs were put back from a snapshot, in which nothing is planted."""
+    def restored(self, planted: bool = False) -> None:
+        """Memory and vCPUs were put back from a snapshot, in which nothing is planted.
+
+        Args:
+            planted: C has planted all again with the reset: :class:`~pykvm.debug.planted.Ordered`.
+        """
         self._stood.clear()
         self.planted.settle()
-        self.planted.put_back()
+        if not planted:
+            self.planted.put_back()
 
     # ---- called while a run is on, in the vCPU's thread ------------------------------------------
 

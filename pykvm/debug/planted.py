@@ -10,6 +10,8 @@ Why this instruction: docs/debugging.md. C looks whether an exit may be of one o
 
 from __future__ import annotations
 
+from bisect import bisect_left
+
 from pykvm._abi import ffi, lib
 
 TYPE_CHECKING = False
@@ -21,6 +23,9 @@ if TYPE_CHECKING:
 
 IN_AL_DX = 0xEC
 _PAGE = 0x1000
+_MOST_NOTED = 1 << 16
+_MOST_FOLLOWED = 64
+_POINTER = ffi.sizeof("uint8_t *")
 _IN = frozenset((0x6C, 0xE4, 0xEC))
 """Opcodes of instructions that read one byte from a port."""
 _PREFIXES = frozenset((0x26, 0x2E, 0x36, 0x3E, 0x64, 0x65, 0x66, 0x67, 0xF0, 0xF2, 0xF3,
@@ -36,6 +41,11 @@ class Planted:
     Args:
         memory: the guest's memory.
         vcpus: its ``struct pykvm_vcpu *``, which are told where stops may be.
+
+    Attributes:
+        changed: where stops were planted or taken away, the latest last, for who keeps a list of
+            its own. It does not grow for ever: another list takes its place.
+        renewed: how often a stop was planted, or the byte that belongs there became another.
     """
 
     def __init__(self, memory: GuestMemory, vcpus: Iterable[Any]) -> None:
@@ -45,6 +55,8 @@ class Planted:
         self._originals: dict[int, int] = {}
         self._lifted: set[int] = set()
         self._gone: set[int] = set()
+        self.changed: list[int] = []
+        self.renewed = 0
         self._c = ffi.new("struct pykvm_planted *")
         self._at_offset = [0] * _PAGE
 
@@ -85,6 +97,8 @@ class Planted:
         if not users:
             self._originals[gpa] = self._memory[gpa]
             self._lifted.discard(gpa)
+            self.renewed += 1
+            self._note(gpa)
             self._mark(gpa, 1)
             self._poke(gpa, IN_AL_DX)  # last of all: another vCPU may come to it at once
         self._users[gpa] = users + 1
@@ -97,6 +111,7 @@ class Planted:
         elif users:
             del self._users[gpa]
             original = self._originals.pop(gpa)
+            self._note(gpa)
             if gpa in self._gone:
                 self._mark(gpa, -1)
             else:  # a vCPU may have come to it in this moment: C is to tell of that
@@ -136,7 +151,7 @@ class Planted:
             if gpa in self._originals:
                 now = self._memory[gpa]
                 if lifted or now != IN_AL_DX:
-                    self._originals[gpa] = now
+                    self._belongs(gpa, now)
                     self._poke(gpa, IN_AL_DX)
 
     def hide(self, gpa: int, data: bytes) -> bytes:
@@ -152,14 +167,28 @@ class Planted:
         """``data`` was written at ``gpa``, as the guest's own: stops that it covers stay."""
         for at in self._originals:
             if gpa <= at < gpa + len(data):
-                self._originals[at] = data[at - gpa]
+                self._belongs(at, data[at - gpa])
                 self._poke(at, IN_AL_DX)
+
+    def _belongs(self, gpa: int, byte: int) -> None:
+        if self._originals[gpa] != byte:
+            self._originals[gpa] = byte
+            self.renewed += 1
+
+    def _note(self, gpa: int) -> None:
+        if len(self.changed) >= _MOST_NOTED:
+            self.changed = []
+        self.changed.append(gpa)
+
+    def host(self, gpa: int) -> int:
+        """Where in this process a byte of the guest's memory is."""
+        region = self._memory.region_at(gpa)
+        address: int = region.userspace_addr + gpa - region.guest_phys_addr
+        return address
 
     def _poke(self, gpa: int, byte: int) -> None:
         """Write a byte, also of ROM, past what keeps account of writes: it is not the guest's."""
-        region = self._memory.region_at(gpa)
-        at = region.userspace_addr + gpa - region.guest_phys_addr
-        ffi.cast("uint8_t *", at)[0] = byte
+        ffi.cast("uint8_t *", self.host(gpa))[0] = byte
 
     def _mark(self, gpa: int, step: int) -> None:
         """Count the stops at an offset, and tell C which offsets have one."""
@@ -188,3 +217,45 @@ class Lifted:
 
     def __exit__(self, *exc: object) -> None:
         self._planted.put_back(self._gpas)
+
+
+class Ordered:
+    """The planted places as C plants them with a reset: where they are in this process, in order.
+
+    What it costs to follow a change does not grow with their number.
+
+    Args:
+        planted: those.
+    """
+
+    def __init__(self, planted: Planted) -> None:
+        self._planted = planted
+        self._changed: list[int] | None = None
+        self._seen = 0
+        self._places: list[int] = []
+        self._c: Any = None
+
+    def give(self, reset: Any) -> None:
+        """Have resets by a ``struct pykvm_reset *`` plant them, as they are now."""
+        changed = self._planted.changed
+        if changed is not self._changed or len(changed) - self._seen > _MOST_FOLLOWED:
+            self._begin()
+        else:
+            for gpa in changed[self._seen :]:
+                self._follow(gpa)
+        self._changed, self._seen = changed, len(changed)
+        reset.plants, reset.plant_count, reset.plant = self._c, len(self._places), IN_AL_DX
+
+    def _begin(self) -> None:
+        self._places = sorted(self._planted.host(gpa) for gpa, _ in self._planted)
+        self._c = ffi.new("uint8_t *[]", [ffi.cast("uint8_t *", each) for each in self._places])
+
+    def _follow(self, gpa: int) -> None:
+        place, places = self._planted.host(gpa), self._places
+        at = bisect_left(places, place)
+        there = at < len(places) and places[at] == place
+        if there and gpa not in self._planted:
+            del places[at]
+            ffi.memmove(self._c + at, self._c + at + 1, (len(places) - at) * _POINTER)
+        elif not there and gpa in self._planted:
+            self._begin()

@@ -14,6 +14,7 @@ from pykvm import fuzzing, guestlib
 from pykvm import result as reasons
 from pykvm.corpus import Corpus
 from pykvm.fuzzing import UNTIL, Outcome
+from pykvm.memory import GuestMemory
 from tests.support.same_machine import Judge
 
 ENTRY = 0x8000
@@ -350,6 +351,82 @@ def test_blocks_reached_are_seen_by_planted_stops_as_well() -> None:
                 with m.snapshot() as now:  # planted stops are no part of a snapshot
                     assert not s.diff(now)
             assert bytes(m.memory[ENTRY : ENTRY + 0x200]) == before
+
+
+# Jumps to the block whose number the input says. Blocks count on their own page, whose code is
+# written and put back each time, and halt.
+MANY, CODE = 2000, 0x100000
+BLOCK = pykvm.asm("inc dword ptr [rbx + 12]; hlt", mode="long64")
+JUMP = f"mov eax, [{INPUT}]; shl eax, 4; lea rbx, [rax + {CODE}]; jmp rbx"
+
+
+def test_what_a_run_costs_does_not_grow_with_the_blocks_that_are_watched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pykvm.Machine("2M") as m:
+        m.load(pykvm.asm(JUMP, mode="long64"), at=ENTRY)
+        m.load(bytes(BLOCK).ljust(16, b"\0") * MANY, at=CODE)
+        m.cpu.enter("long64", entry=ENTRY)
+        blocks = [CODE + 16 * number for number in range(MANY)]
+        inputs = [number.to_bytes(4, "little") for number in (5, 6, 5, 7, 300, MANY - 1, 6, 8)]
+        looked: list[int] = []
+        real = GuestMemory.region_at
+
+        def region_at(memory: GuestMemory, gpa: int) -> Any:
+            looked.append(gpa)
+            return real(memory, gpa)
+
+        with m.snapshot() as s, m.coverage(blocks) as covered:
+            fuzz = m.fuzz(s, inputs * 8, write_at=INPUT, coverage=covered, exact=False, batch=8)
+            outcomes = [next(fuzz) for _ in range(8)]
+            monkeypatch.setattr(GuestMemory, "region_at", region_at)
+            outcomes += fuzz
+            monkeypatch.undo()
+            assert {outcome.reason for outcome in outcomes} == {reasons.HALTED}
+            assert [outcome.fresh for outcome in outcomes] == [1, 1, 0, 1, 1, 1, 0, 1] + [0] * 56
+            assert list(covered.hit) == [CODE + 16 * n for n in (5, 6, 7, 300, MANY - 1, 8)]
+            assert len(looked) < 100
+            monkeypatch.setattr(GuestMemory, "region_at", region_at)
+            new = [number.to_bytes(4, "little") for number in range(10, 20)]
+            for outcome in m.fuzz(s, [*inputs, *new], write_at=INPUT, coverage=covered, batch=8):
+                assert bool(outcome.fresh) == (outcome.input in new)
+                if outcome.input == inputs[0]:  # all is looked at once, as a loop begins
+                    looked.clear()
+            assert len(looked) < 20 * len(new)
+            monkeypatch.undo()
+            with m.snapshot() as now:
+                assert not s.diff(now)
+
+
+@pytest.mark.parametrize("who", ["guest", "host", "snapshot", "reset"])
+def test_blocks_are_seen_whatever_is_done_to_the_code_between_batches(who: str) -> None:
+    with pykvm.Machine("2M") as m:
+        m.load(pykvm.asm(JUMP, mode="long64"), at=ENTRY)
+        m.load(bytes(BLOCK).ljust(16, b"\0") * 8, at=CODE)
+        m.cpu.enter("long64", entry=ENTRY)
+        blocks = [CODE + 16 * number for number in range(8)]
+        inputs = [number.to_bytes(4, "little") for number in range(8)]
+        with m.snapshot() as s, m.coverage(blocks) as covered:
+            for n, outcome in enumerate(
+                m.fuzz(s, inputs, write_at=INPUT, coverage=covered, batch=1)
+            ):
+                assert (outcome.reason, outcome.fresh) == (reasons.HALTED, 1), n
+                if who == "guest":  # counts on the page of the code
+                    m.memory.write(INPUT, (n).to_bytes(4, "little"))
+                    assert m.run(timeout=60).reason == reasons.HALTED
+                elif who == "host":
+                    m.memory.write(CODE, b"\x90" * 16 * 8)
+                elif who == "snapshot":  # what is taken for the code's own byte is another then
+                    m.memory.write(CODE, b"\x90" * 16 * 8)
+                    m.snapshot().close()
+                else:
+                    m.memory.write(CODE, b"\x90" * 16 * 8)
+                    with m.snapshot() as other:
+                        other.restore()
+            assert list(covered.hit) == blocks
+            s.restore()
+            with m.snapshot() as now:
+                assert not s.diff(now)
 
 
 @pytest.mark.parametrize("irqchip", ["kernel", "split"])

@@ -9,7 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from pykvm._abi import ffi, lib
-from pykvm.debug.planted import IN_AL_DX, Planted
+from pykvm.debug import planted as module
+from pykvm.debug.planted import IN_AL_DX, Ordered, Planted
 from pykvm.errors import GuestMemoryError
 from pykvm.memory import GuestMemory
 
@@ -174,3 +175,55 @@ def test_what_the_guest_knows_is_what_it_wrote(operations: list[tuple]) -> None:
             assert all(ram[gpa] == IN_AL_DX for gpa in wanted)
         planted.clear()
         assert ram.read(0, SIZE) == bytes(model)
+
+
+@pytest.mark.parametrize("most", [0, 2, 64])
+@given(operations=OPERATIONS, looks=st.lists(st.booleans(), min_size=30, max_size=30))
+def test_resets_are_given_all_places_in_order(
+    most: int,
+    operations: list[tuple],  # type: ignore[type-arg]
+    looks: list[bool],
+) -> None:
+    """Whether changes are followed one by one, or all is looked at because there are many."""
+    reset = ffi.new("struct pykvm_reset *")
+    with memory() as ram, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MOST_FOLLOWED", most)
+        patch.setattr(module, "_MOST_NOTED", 3 * most)
+        ram.add(0x10000, 0x1000)
+        planted = Planted(ram, [])
+        ordered = Ordered(planted)
+        for (name, *arguments), looks_now in zip(operations, looks, strict=False):
+            if name == "plant":
+                planted.plant(arguments[0])
+            elif name == "remove":
+                planted.remove(arguments[0])
+            elif name == "clear":
+                planted.clear()
+            else:
+                planted.plant(0x10000 + arguments[0] % 0x1000)
+            if looks_now:
+                ordered.give(reset)
+                expected = sorted(planted.host(gpa) for gpa, _ in planted)
+                found = [reset.plants[n] for n in range(reset.plant_count)]
+                assert [int(ffi.cast("uintptr_t", each)) for each in found] == expected
+                assert reset.plant == IN_AL_DX
+
+
+def test_another_byte_below_a_stop_is_told() -> None:
+    with memory() as ram:
+        planted = Planted(ram, [])
+        planted.plant(0x10)
+        planted.plant(0x10)
+        assert planted.renewed == 1
+        with planted.lifted():
+            pass
+        planted.put_back()
+        planted.remove(0x10)
+        assert planted.renewed == 1
+        with planted.lifted():
+            ram.write(0x10, b"\x90")
+        assert planted.renewed == 2
+        planted.wrote(0x10, b"\x90")
+        assert planted.renewed == 2
+        planted.wrote(0x10, b"\x91")
+        assert planted.renewed == 3

@@ -6,7 +6,7 @@ import time
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pykvm._abi import ffi, lib
@@ -94,6 +94,35 @@ def test_what_the_host_wrote_is_put_back(
         if mode != lib.PYKVM_RESET_WHOLE:
             _, again = reset(slot, mode, 0)
             assert again == 0  # nothing was touched since, and what is exposed is as it was
+        image.close()
+
+
+@QUICK
+@given(
+    offsets=st.sets(st.integers(0, PAGES * PAGE - 1) | st.integers(0, 2 * PAGE), max_size=40),
+    written=st.sets(st.integers(0, PAGES - 1) | st.integers(0, 2)),
+)
+@example(offsets={0, PAGE - 1, PAGE, 2 * PAGE - 1, 2 * PAGE}, written={1})
+def test_stops_are_planted_on_pages_that_are_put_back_and_no_other_is_looked_at(
+    offsets: set[int], written: set[int]
+) -> None:
+    with GuestMemory(PAGES * PAGE) as memory:
+        memory.fill(0, PAGES * PAGE, 0x11)
+        image = images.capture(memory)
+        slot = slot_of(memory, image)
+        expected = bytearray(memory[0 : PAGES * PAGE])
+        for page in written:
+            memory.fill(page * PAGE, PAGE, 0x22)
+            for at in offsets:
+                if at // PAGE == page:
+                    expected[at] = 0xEC
+        base = memory.regions[0].userspace_addr
+        places = [ffi.cast("uint8_t *", base + at) for at in sorted(offsets)]
+        c = ffi.new("struct pykvm_reset *", {"slots": slot, "slot_count": 1, "vm_fd": -1})
+        plants = ffi.new("uint8_t *[]", places)
+        c.plants, c.plant_count, c.plant, c.mode = plants, len(places), 0xEC, lib.PYKVM_RESET_LOG
+        assert lib.pykvm_reset_memory(c) == 0
+        assert memory[0 : PAGES * PAGE] == bytes(expected)
         image.close()
 
 
