@@ -10,11 +10,11 @@ import os
 import threading
 import time
 
-from pykvm import boot as loaders
 from pykvm import result as reasons
 from pykvm.arch.x86_64 import pc as places
 from pykvm.arch.x86_64.acpi import build_acpi
 from pykvm.arch.x86_64.mptable import build_mptable
+from pykvm.boot.loader import load
 from pykvm.console import Console, readable
 from pykvm.devices.cmos import Cmos
 from pykvm.devices.i8042 import I8042
@@ -278,7 +278,7 @@ def boot(
             pci=machine.pci is not None,
             generation_id=generation_id,
         )
-        pc.plan = plan = loaders.load(
+        pc.plan = plan = load(
             machine.memory,
             kernel,
             initrd=initrd,
