@@ -16,13 +16,6 @@ IA32_APIC_BASE, IA32_MC0_STATUS, IA32_MC0_ADDR = 0x1B, 0x401, 0x402
 STAR, LSTAR, TSC, MSR_KVM_SYSTEM_TIME_NEW = 0xC000_0081, 0xC000_0082, 0x10, 0x4B56_4D01
 
 
-@pytest.fixture
-def cpu(kvm: Kvm, vcpu: Vcpu) -> Vcpu:
-    """The vCPU with all the CPUID that this KVM supports."""
-    vcpu.set_cpuid2(kvm.get_supported_cpuid())
-    return vcpu
-
-
 # -- registers -----------------------------------------------------------------------------------
 
 

@@ -52,6 +52,12 @@ def _mappings() -> Counter[str]:
     return found
 
 
+def mappings_of(name: str) -> list[str]:
+    """The lines of /proc/self/maps with a name in them."""
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        return [line for line in maps if name in line]
+
+
 def mapped_bytes() -> int:
     """Size of the whole address space in bytes: anonymous guest memory has no name to count."""
     with open("/proc/self/statm", encoding="ascii") as statm:

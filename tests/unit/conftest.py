@@ -42,6 +42,14 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def backing_file(tmp_path: Path) -> Path:
+    """A file of four pages, each full of its number, the first of 1."""
+    path = tmp_path / "image"
+    path.write_bytes(b"".join(bytes([page]) * 4096 for page in range(1, 5)))
+    return path
+
+
+@pytest.fixture
 def ports() -> Ports:
     """A bus of ports, and a guest's INs and OUTs."""
     return Ports()

@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
 
 from pykvm.cli import exitcodes
-from pykvm.cli.main import cli
-
-
-def invoke(*args: str) -> Result:
-    return CliRunner().invoke(cli, args, prog_name="pykvm")
+from tests.support.command_line import invoke
 
 
 @pytest.mark.parametrize("command", ["run", "boot"])

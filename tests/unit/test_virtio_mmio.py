@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from pykvm.devices.io_thread import IoThread
 from pykvm.devices.virtio import mmio as registers
 from pykvm.devices.virtio.device import (
     ACKNOWLEDGE,
@@ -18,70 +16,19 @@ from pykvm.devices.virtio.device import (
     FAILED,
     FEATURES_OK,
     NEEDS_RESET,
-    VirtioDevice,
 )
-from pykvm.devices.virtio.queue import Chain, Queue
-from pykvm.errors import GuestError
+from tests.support.virtio_echo import BUFFER, Echo, send
 from tests.support.virtio_guest import EVENT_IDX, INDIRECT, VERSION_1, VirtioGuest, latch_bits
-from tests.support.vring_driver import WRITE, Driver
+from tests.support.vring_driver import Driver
 from tests.support.waiting import join
 
 pytestmark = pytest.mark.sanitize
-
-BUFFER = 0x40000
-
-
-class Echo(VirtioDevice):
-    """Answers with what it was sent; queue 1 keeps its chains until it is told."""
-
-    NAME = "echo"
-    device_id = 42
-    queue_max_sizes = (16, 16)
-    device_features = 1 << 3
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: list[Chain] = []
-        self.config = bytearray(b"0123456789abcdef")
-        self.activations = 0
-        self.drains = 0
-
-    def activate(self) -> None:
-        self.activations += 1
-
-    def queue_notify(self, index: int) -> bool:
-        return self.serve(index, self._one)
-
-    def _one(self, queue: Queue, chain: Chain) -> int | None:
-        if queue.index == 1:
-            self.kept.append(chain)
-            return None
-        data = chain.read()
-        if data == b"bad":
-            raise GuestError("a bad request")
-        return chain.write(data)
-
-    def config_read(self, offset: int, size: int) -> bytes:
-        return bytes(self.config[offset : offset + size])
-
-    def config_write(self, offset: int, data: bytes) -> None:
-        if offset + len(data) > len(self.config):
-            raise GuestError("no such field")
-        self.config[offset : offset + len(data)] = data
-
-    def drain(self) -> None:
-        self.drains += 1
 
 
 @pytest.fixture
 def guest() -> Iterator[VirtioGuest]:
     with VirtioGuest(Echo()) as guest:
         yield guest
-
-
-def send(guest: VirtioGuest, driver: Driver, data: bytes, first: int = 0) -> None:
-    guest.memory.write(BUFFER, data)
-    driver.send((BUFFER, len(data), 0), (BUFFER + 0x100, 64, WRITE), first=first)
 
 
 # ---- registers -----------------------------------------------------------------------------------
@@ -367,106 +314,3 @@ def test_a_change_of_the_configuration_has_a_generation_and_an_interrupt(
     guest.device.config_changed()
     assert guest.read(registers.CONFIG_GENERATION) == 2
     assert guest.interrupts() == 1 and guest.acknowledge() == 2
-
-
-# ---- the I/O thread, state, life -----------------------------------------------------------------
-
-
-def test_the_io_thread_serves_the_doorbell() -> None:
-    io = IoThread()
-    with VirtioGuest(Echo(), io=io) as guest:
-        driver, _ = guest.start()
-        send(guest, driver, b"hello")
-        with io.quiesce():
-            guest.notify()
-            assert driver.used() == []
-        assert io.settle()
-        assert driver.used() == [(0, 5)] and guest.interrupts() == 1
-    io.close()
-
-
-def test_more_than_a_queue_in_one_go_is_left_for_the_next() -> None:
-    """Only another vCPU can do that: here the device itself adds while it serves."""
-    io = IoThread()
-    left = 100
-
-    class Fed(Echo):
-        def _one(self, queue: Queue, chain: Chain) -> int | None:
-            nonlocal left
-            if left:
-                left -= 1
-                driver.used()
-                driver.offer(0)
-            return super()._one(queue, chain)
-
-    with VirtioGuest(Fed(), io=io) as guest:
-        driver, _ = guest.start(VERSION_1 | EVENT_IDX)
-        send(guest, driver, b"hello")
-        guest.device.notify(0)
-        assert guest.device.counters.requests >= 8
-        while left:
-            assert io.settle()
-        assert io.settle()
-        assert guest.device.counters.requests == 101
-        assert guest.device.counters.notifies > 100 // 8
-    io.close()
-
-
-def test_however_often_the_doorbell_rings_one_queue_is_asked_for_once() -> None:
-    io = IoThread()
-
-    class Endless(Echo):
-        def queue_notify(self, index: int) -> bool:
-            return True
-
-    with VirtioGuest(Endless(), io=io) as guest:
-        guest.start()
-        with io.quiesce():
-            for _ in range(100):
-                guest.device.notify(0)
-            assert len(io._calls) == 1
-    io.close()
-
-
-def test_its_state_survives_json_and_goes_on_elsewhere(guest: VirtioGuest) -> None:
-    driver, _ = guest.start(VERSION_1 | EVENT_IDX)
-    send(guest, driver, b"hello")
-    guest.notify()
-    driver.used()
-    state = json.loads(json.dumps(guest.window.state()))
-    with VirtioGuest(Echo()) as other:
-        other.memory[0:0x100000] = guest.memory[0:0x100000]
-        other.window.restore(state)
-        assert other.read(registers.INTERRUPT_STATUS) == 1
-        driver.memory = other.memory
-        driver.want_interrupt_at(1)
-        send(other, driver, b"again", first=2)
-        other.device.resume()
-        assert driver.used() == [(2, 5)] and other.interrupts() == 1
-        assert other.window.state()["device"]["status"] == state["device"]["status"]
-
-
-def test_a_state_of_another_device_is_refused(guest: VirtioGuest) -> None:
-    state = guest.device.state()
-    with pytest.raises(ValueError, match="queues"):
-        guest.device.restore(state | {"queues": []})
-    with pytest.raises(ValueError, match="features"):
-        guest.device.restore(state | {"driver_features": 1 << 60, "status": 11})
-
-
-def test_a_driver_that_asks_for_too_much_can_be_in_a_state(guest: VirtioGuest) -> None:
-    assert not guest.negotiate(VERSION_1 | 1 << 60)
-    state = guest.window.state()
-    guest.window.restore(state)
-    assert guest.window.state() == state
-
-
-def test_a_device_has_one_transport(guest: VirtioGuest) -> None:
-    with pytest.raises(ValueError, match="already"):
-        guest.device.attach(guest.memory)
-
-
-def test_after_close_the_window_is_free(guest: VirtioGuest) -> None:
-    guest.window.close()
-    guest.window.close()
-    assert len(guest.fake.mmio) == 0
