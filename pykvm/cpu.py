@@ -292,6 +292,8 @@ class Cpu(GeneralRegisters):
                 )
         self.dirty(REGS | SREGS)
         self.ended = ""
+        if self._runner.debug is not None:
+            self._runner.debug.entered(self)
         return set_up
 
     def _forget_history(self) -> None:

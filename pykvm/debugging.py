@@ -119,7 +119,8 @@ class Debugging(Runs):
             point = m.breakpoint("main", lambda cpu: cpu.rdi > 2)
             result = m.run(timeout=1)        # reason "breakpoint", result.exit.point is point
 
-        A run that begins where the last one was stopped goes on. How it stops the guest is found
+        A run that begins at a breakpoint which it has told of goes on; one that begins at another,
+        set meanwhile or stepped to, is stopped at once. How it stops the guest is found
         out by trying, see docs/debugging.md.
 
         Args:
@@ -183,7 +184,8 @@ class Debugging(Runs):
         """Execute so many instructions of one vCPU; the others stand still.
 
         Returns:
-            A result with reason "step"; or what else ended it, a breakpoint for example.
+            A result with reason "step"; or what else ended it: "breakpoint" where a step arrives
+            at one, "halted", "timeout", …
 
         Raises:
             CapabilityError: this KVM cannot in this mode; says why.
@@ -206,7 +208,7 @@ class Debugging(Runs):
 
         Args:
             where: linear address, a symbol, or a function that is called with the first vCPU after
-                each of its instructions.
+                each of its instructions. Where a vCPU stands already does not count.
             timeout: seconds.
 
         Returns:
@@ -218,6 +220,7 @@ class Debugging(Runs):
                 self.cpus[0], lambda cpu: _step_of(cpu) if wanted(cpu) else None, timeout
             )
         point = self.breakpoint(where, once=True)
+        self.debugger.pass_over(point)
         try:
             return self.run(timeout)
         finally:

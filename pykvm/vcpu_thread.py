@@ -318,6 +318,15 @@ class Runner:
         access = self.c.access
         return self._buses[access.is_mmio].find(access.address)
 
+    @property
+    def unseen(self) -> bool:
+        """Whether an exit waits that nobody has looked at: the next run hands it out."""
+        return self.c.access.pending in (
+            lib.PYKVM_UNSERVED,
+            lib.PYKVM_RETRY,
+            lib.PYKVM_UNANSWERED,
+        )
+
     def pass_on(self) -> None:
         """What looked like a planted stop is an IN of the guest's own: have it served."""
         self.c.access.pending = lib.PYKVM_UNSERVED

@@ -59,6 +59,7 @@ def call(
     cpu.rsp, cpu.rip = stack, address - (0 if bits == 64 else sregs.cs.base)
     done = stack + word
 
+    told = debugger.told.get(cpu.index)
     point = debugger.breakpoint(
         debugger.address(cpu) - cpu.rip + back, lambda cpu: cpu.rsp == done, once=True
     )
@@ -74,6 +75,9 @@ def call(
     for name, value in saved.items():
         setattr(cpu, name, value)
     floating.put(cpu.vcpu, saved_fpu)
+    debugger.told.pop(cpu.index, None)
+    if told is not None:
+        debugger.told[cpu.index] = told
     return answer
 
 

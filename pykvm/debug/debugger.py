@@ -35,7 +35,7 @@ class Debugger(Stepping):
     def __init__(self, machine: Debugging, make: Callable[[], Any]) -> None:
         super().__init__(machine, make)
         self._excused: set[tuple[int, int]] = set()
-        self._stood: dict[int, int] = {}  # where a stop was told of, by vCPU
+        self.told: dict[int, tuple[int, list[Breakpoint]]] = {}  # by vCPU: where, of which
         self._steps: tuple[Cpu, Look] | None = None
         for cpu in self.cpus:
             cpu._runner.debug = self
@@ -163,41 +163,90 @@ class Debugger(Stepping):
             cpu._runner.forget_reservation()  # of start(): it is ours now, between runs too
         if self._steps is not None:
             cpu, look = self._steps
-            return self._told(cpu, self._walk(cpu, deadline, look, go))
+            self.told.pop(cpu.index, None)
+            return self._tell(cpu, self._walk(cpu, deadline, look, go))
+        if self.breakpoints and self._machine._ending is None:
+            for cpu in cpus:
+                stop = self._due(cpu)
+                if stop is not None:
+                    return cpu, stop
         watching = [point for point in self.watchpoints if point.way == probe.STEP]
         if watching or any(point.way == probe.STEP for point in self.breakpoints):
-            return self._told(*self._walk_together(cpus, deadline, watching, go))
+            for cpu in cpus:
+                self.told.pop(cpu.index, None)
+            return self._tell(*self._walk_together(cpus, deadline, watching, go))
         while True:
             for cpu in cpus:
-                if self._stands_at_stop(cpu):
+                while self._stands_at_stop(cpu):
                     end = self._walk(cpu, deadline, _once, go)
                     if end.reason != STEP:
-                        return self._told(cpu, end)
+                        return self._tell(cpu, end)
+                    self._have_told(cpu)
             for cpu in cpus:
                 self._arm(cpu)
             cpu, end = go(cpus, deadline, max_exits)
             if end.reason != AGAIN and self._is_wanted(cpu, end):
-                return self._told(cpu, end)
-            self._stood[cpu.index] = self.address(cpu)
+                return self._tell(cpu, end)
+            self._have_told(cpu)
 
     def steps(self, cpu: Cpu, look: Look | None) -> None:
         """Have the next runs step one vCPU until ``look(cpu)`` gives a Stop; None: run again."""
         self._steps = None if look is None else (cpu, look)
 
-    def _told(self, cpu: Cpu, end: Any) -> tuple[Cpu, Any]:
-        if end.reason in (BREAKPOINT, WATCHPOINT, STEP):
-            self._stood[cpu.index] = self.address(cpu)
+    def _due(self, cpu: Cpu) -> Stop | None:
+        """The stop at a breakpoint where a vCPU stands and of which it has not been told yet.
+
+        So it is the same whatever way would stop it there, and a planted one is not executed.
+        """
+        if cpu._runner.unseen:  # it is in the midst of an instruction, of a planted stop perhaps
+            return None
+        cpu._runner.complete()
+        here = self.address(cpu)
+        told = self._told_at(cpu, here)
+        fresh = [point for point in self._points_at(cpu, here) if point not in told]
+        if not fresh:
+            return None
+        stop = Stop(BREAKPOINT, cpu.index, here, fresh[0])
+        wanted = self._ask(cpu, stop, fresh)
+        self._have_told(cpu)
+        return stop if wanted else None
+
+    def _told_at(self, cpu: Cpu, here: int) -> list[Breakpoint]:
+        address, points = self.told.get(cpu.index, (None, []))
+        return points if address == here else []
+
+    def _tell(self, cpu: Cpu, end: Any) -> tuple[Cpu, Any]:
+        if end.reason in (BREAKPOINT, STEP):
+            self._have_told(cpu)
         return cpu, end
 
-    def _stands_at_stop(self, cpu: Cpu) -> bool:
-        """Whether it was stopped here, and would be again at once."""
-        stood = self._stood.pop(cpu.index, None)
-        return stood is not None and stood == self.address(cpu) and self._stops_at(cpu, stood)
+    def _have_told(self, cpu: Cpu) -> None:
+        """All breakpoints where it stands have been asked: it goes past them."""
+        here = self.address(cpu)
+        self.told[cpu.index] = here, self._points_at(cpu, here)
 
-    def _stops_at(self, cpu: Cpu, address: int) -> bool:
-        if any(point.address == address for point in self.breakpoints):
+    def pass_over(self, point: Breakpoint) -> None:
+        """Have a breakpoint not stop those vCPUs that stand at it already."""
+        for cpu in self.cpus:
+            if self.address(cpu) == point.address:
+                self.told[cpu.index] = point.address, [*self._told_at(cpu, point.address), point]
+
+    def _stands_at_stop(self, cpu: Cpu) -> bool:
+        """Whether it has been told of the stop here, and would be stopped again at once."""
+        told = self.told.get(cpu.index)
+        here = self.address(cpu)
+        if told is None or told[0] != here:
+            self.told.pop(cpu.index, None)
+            return False
+        gpa = self.gpa(cpu, here)
+        if gpa is not None and gpa in self.planted:
+            self._strike_at(cpu, gpa, here)  # others who want to know of it, coverage
             return True
-        return bool(self.planted) and self.gpa(cpu, address) in self.planted
+        return any(point.address == here for point in self.breakpoints)
+
+    def entered(self, cpu: Cpu) -> None:
+        """It was given a new state, of which nothing has been told."""
+        self.told.pop(cpu.index, None)
 
     def restored(self, planted: bool = False) -> None:
         """Memory and vCPUs were put back from a snapshot, in which nothing is planted.
@@ -205,7 +254,7 @@ class Debugger(Stepping):
         Args:
             planted: C has planted all again with the reset: :class:`~pykvm.debug.planted.Ordered`.
         """
-        self._stood.clear()
+        self.told.clear()
         self.planted.settle()
         if not planted:
             self.planted.put_back()
@@ -247,8 +296,9 @@ class Debugger(Stepping):
         if index not in self._looks and not self._armed.get(index, (0,))[0]:
             return False
         address = self.address(cpu)
+        look = self._looks.get(index)
         for point in self.breakpoints:
-            if point.way == probe.HARDWARE and point.address == address:
+            if look is None and point.way == probe.HARDWARE and point.address == address:
                 return Stop(BREAKPOINT, index, address, point)
         watched = [point for point in self.watchpoints if point.way == probe.WATCH]
         if watched and exit.dr6 & 0xF:
@@ -256,7 +306,6 @@ class Debugger(Stepping):
             number = hit - sum(point.way == probe.HARDWARE for point in self.breakpoints)
             if 0 <= number < len(watched):
                 return Stop(WATCHPOINT, index, address, watched[number])
-        look = self._looks.get(index)
         if look is None:
             return None
         cpu._runner.c.exit_limit = cpu._runner.c.exits + 1  # a step is no exit to be served

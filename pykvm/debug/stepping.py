@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
+
 from pykvm import kvm
-from pykvm.debug import probe
+from pykvm.debug import probe, stops
 from pykvm.debug.planted import Planted
 from pykvm.debug.stops import AGAIN, BREAKPOINT, HALTED, LIMIT, STEP, WATCHPOINT, Breakpoint, Stop
 from pykvm.errors import CapabilityError
@@ -29,6 +31,8 @@ LENGTHS = {1: 0, 2: 1, 4: 3, 8: 2}
 """DR7.LEN of so many bytes."""
 _ACCESS = {"x": 0, "w": 1, "rw": 3}
 _HLT = 0xF4
+_A_WHILE = 1_000_000
+"""Nanoseconds for a jump to itself, where that cannot be stepped."""
 TURN = 32
 """Steps of one of several vCPUs before it is the next one's turn."""
 
@@ -91,9 +95,12 @@ class Stepping:
     def _is_wanted(self, cpu: Cpu, end: Any) -> bool:
         """Whether one of those who wanted to stop there still does, now that it can be asked."""
         stop = end.exit if isinstance(end.exit, Stop) else None
-        if stop is None or stop.point is None:
+        if stop is None or stop.point is None or stop.asked:
             return True
-        wanted = [point for point in self._points_of(stop) if self._holds(point, cpu)]
+        return self._ask(cpu, stop, self._points_of(stop))
+
+    def _ask(self, cpu: Cpu, stop: Stop, points: Sequence[Any]) -> bool:
+        wanted = [point for point in points if self._holds(point, cpu)]
         if not wanted:
             return False
         stop.point = wanted[0]
@@ -102,6 +109,15 @@ class Stepping:
             if isinstance(point, Breakpoint) and point.once:
                 point.delete()
         return True
+
+    def _points_at(self, cpu: Cpu, address: int) -> list[Breakpoint]:
+        """The breakpoints at a place, the latest first."""
+        gpa = self.gpa(cpu, address)
+        return [
+            point
+            for point in reversed(self.breakpoints)
+            if point.address == address or (gpa is not None and point.gpa == gpa)
+        ]
 
     def _points_of(self, stop: Stop) -> list[Any]:
         """The watchpoint; or all breakpoints at that place, the latest first."""
@@ -132,6 +148,7 @@ class Stepping:
         A stop that is planted where the vCPU stands is stepped over; those on the way stop it.
         One with reason AGAIN ends a ``turn``, and else nothing.
         """
+        look = self._arrive(look)
         over = True
         while True:
             problem = self.obstacle(probe.STEP, cpu)
@@ -141,7 +158,7 @@ class Stepping:
                     mode = probe.mode_of(cpu.load_sregs())
                     raise CapabilityError(f"no single step in {mode}: {problem}; {reason}")
                 end = self._step_by_planting(cpu, deadline, go)
-                if end.reason == AGAIN:
+                if end.reason in (AGAIN, BREAKPOINT):
                     end = look(cpu)
             else:
                 here = self.gpa(cpu, self.address(cpu)) if self.planted and over else None
@@ -157,6 +174,26 @@ class Stepping:
                 continue
             if end.reason == AGAIN or self._is_wanted(cpu, end):
                 return end
+
+    def _arrive(self, look: Look) -> Look:
+        """``look``, and then at the breakpoints where the step has led, in whatever way they stop.
+
+        So none of them is executed; where no condition holds it is stepped over.
+        """
+
+        def arrived(cpu: Cpu) -> Stop | None:
+            stop = look(cpu)
+            if not self.breakpoints or not (stop is None or stop.reason in (STEP, AGAIN)):
+                return stop
+            here = self.address(cpu)
+            points = self._points_at(cpu, here)
+            if not points:
+                return stop
+            at = Stop(BREAKPOINT, cpu.index, here, points[0])
+            at.asked = True
+            return at if self._ask(cpu, at, points) else stop or Stop(AGAIN, cpu.index, here)
+
+        return arrived
 
     def _single_step(self, cpu: Cpu, deadline: int, look: Look, go: Go) -> Any:
         """KVM's single steps, until ``look`` gives a Stop after one or something else ends them.
@@ -225,7 +262,12 @@ class Stepping:
             return Stop(AGAIN, cpu.index, address)
 
         if gpas == {at}:  # a jump to itself: after it the guest is where it was
-            return Stop(AGAIN, cpu.index, here)
+            until = min(deadline, time.clock_gettime_ns(time.CLOCK_MONOTONIC) + _A_WHILE)
+            with self.planted.lifted([] if at is None else [at]):
+                _, end = go([cpu], until, None)
+            if end.reason == stops.TIMEOUT and until < deadline:
+                return Stop(AGAIN, cpu.index, here)
+            return end
         planted = [gpa for gpa in gpas if gpa is not None and gpa != at]
         for gpa in planted:
             self.plant(gpa, strike)
@@ -277,8 +319,6 @@ class Stepping:
             cpu.dirty(REGS)
 
     def _watch_by_steps(self, points: Sequence[Watchpoint]) -> Look:
-        breaks = {point.address: point for point in self.breakpoints if point.way == probe.STEP}
-
         def look(cpu: Cpu) -> Stop | None:
             address = self.address(cpu)
             for point in points:
@@ -286,8 +326,6 @@ class Stepping:
                 if now != point.value:
                     old, point.value = point.value, now
                     return Stop(WATCHPOINT, cpu.index, address, point, old, now)
-            if address in breaks:
-                return Stop(BREAKPOINT, cpu.index, address, breaks[address])
             return None
 
         return look

@@ -14,6 +14,7 @@ WATCHPOINT = "watchpoint"
 STEP = "step"
 HALTED = "halted"
 LIMIT = "limit"
+TIMEOUT = "timeout"
 AGAIN = "again"
 """Nobody wants to stop here; one step, and the run goes on. Never seen from outside."""
 
@@ -27,9 +28,10 @@ class Stop:
         address: linear address of its next instruction.
         point: the :class:`Breakpoint` or :class:`Watchpoint`; of a step None.
         old, new: of a watchpoint, the bytes before and after, where they are known.
+        asked: whether the conditions of all breakpoints there have been asked.
     """
 
-    __slots__ = ("address", "cpu", "new", "old", "point", "reason")
+    __slots__ = ("address", "asked", "cpu", "new", "old", "point", "reason")
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class Stop:
     ) -> None:
         self.reason, self.cpu, self.address, self.point = reason, cpu, address, point
         self.old, self.new = old, new
+        self.asked = False
 
     #: What the end of a run has besides.
     raised = code = None
