@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from pykvm.devices.virtio.device import NEEDS_RESET, VirtioDevice
+from pykvm.devices.virtio.core import NEEDS_RESET
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.mmio import MmioInterrupt
 from pykvm.devices.virtio.queue import Chain, Queue
 from tests.hostile.build import Patch

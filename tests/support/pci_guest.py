@@ -10,7 +10,8 @@ from pykvm.devices import pci
 from pykvm.devices.io_thread import IoThread
 from pykvm.devices.pci import PciRoot
 from pykvm.devices.virtio import pci as virtio
-from pykvm.devices.virtio.device import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, VirtioDevice
+from pykvm.devices.virtio.core import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.pci import VirtioPci
 from pykvm.memory import GuestMemory
 from pykvm.vcpu_thread import NEVER

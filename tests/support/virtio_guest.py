@@ -9,7 +9,8 @@ from pykvm import result as reasons
 from pykvm._abi import lib
 from pykvm.devices.io_thread import IoThread
 from pykvm.devices.virtio import mmio as registers
-from pykvm.devices.virtio.device import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, VirtioDevice
+from pykvm.devices.virtio.core import ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.mmio import VirtioMmio
 from pykvm.memory import GuestMemory
 from pykvm.vcpu_thread import NEVER

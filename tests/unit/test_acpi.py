@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from pykvm.arch.x86_64 import aml, pc
 from pykvm.arch.x86_64.acpi import Acpi, build_acpi
+from pykvm.arch.x86_64.acpi_format import HEADER, Table, io_register
 from pykvm.arch.x86_64.acpi_tables import (
-    HEADER,
     Dsdt,
     Facs,
     Fadt,
@@ -23,9 +23,7 @@ from pykvm.arch.x86_64.acpi_tables import (
     Madt,
     Rsdp,
     Rsdt,
-    Table,
     Xsdt,
-    io_register,
 )
 
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

@@ -20,7 +20,7 @@ from pykvm.devices.disk.raw import RawDisk, open_raw
 from pykvm.devices.in_c import Latch
 from pykvm.devices.io_thread import IoThread
 from pykvm.devices.virtio.blk import F_FLUSH, Blk
-from pykvm.devices.virtio.device import NEEDS_RESET
+from pykvm.devices.virtio.core import NEEDS_RESET
 from pykvm.devices.virtio.interrupt import NONE, PYTHON, DirectInterrupt
 from tests.support.pci_guest import VERSION_1, VirtioPciGuest
 from tests.support.vring_driver import WRITE, Driver

@@ -12,7 +12,7 @@ from pykvm.devices.io_thread import IoThread
 from pykvm.devices.transcript import ExpectError, Transcript
 from pykvm.devices.virtio import mmio as registers
 from pykvm.devices.virtio.console import EMERG_WRITE, MAX_OUTPUT, RECEIVE, TRANSMIT, VirtioConsole
-from pykvm.devices.virtio.device import NEEDS_RESET
+from pykvm.devices.virtio.core import NEEDS_RESET
 from tests.support.virtio_guest import VERSION_1, VirtioGuest
 from tests.support.vring_driver import WRITE
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pykvm.devices.virtio import mmio as registers
-from pykvm.devices.virtio.device import (
+from pykvm.devices.virtio.core import (
     ACKNOWLEDGE,
     DRIVER,
     DRIVER_OK,

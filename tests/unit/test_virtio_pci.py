@@ -13,7 +13,8 @@ from pykvm.devices import pci
 from pykvm.devices.io_thread import IoThread
 from pykvm.devices.virtio import pci as virtio
 from pykvm.devices.virtio.console import VirtioConsole
-from pykvm.devices.virtio.device import NEEDS_RESET, VirtioDevice
+from pykvm.devices.virtio.core import NEEDS_RESET
+from pykvm.devices.virtio.device import VirtioDevice
 from pykvm.devices.virtio.pci_common import NO_VECTOR
 from pykvm.devices.virtio.rng import Rng
 from tests.support.pci_guest import MESSAGE, VERSION_1, VirtioPciGuest

@@ -7,6 +7,7 @@ are those of ``pykvm.devices.pm`` and ``pykvm.devices.reset``.
 from __future__ import annotations
 
 from pykvm.arch.x86_64 import aml, pc
+from pykvm.arch.x86_64.acpi_format import Table, io_register
 from pykvm.arch.x86_64.acpi_tables import (
     Dsdt,
     Facs,
@@ -15,9 +16,7 @@ from pykvm.arch.x86_64.acpi_tables import (
     Madt,
     Rsdp,
     Rsdt,
-    Table,
     Xsdt,
-    io_register,
 )
 
 TYPE_CHECKING = False

@@ -7,7 +7,7 @@ interrupts are wired. Where ACPI tables are found, Linux does not look at these.
 from __future__ import annotations
 
 from pykvm.arch.x86_64 import pc
-from pykvm.arch.x86_64.acpi_tables import Layout, checksum
+from pykvm.arch.x86_64.acpi_format import Layout, checksum
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

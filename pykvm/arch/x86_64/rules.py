@@ -11,7 +11,7 @@ findings may run: back ends enforce the rules of their vendor, some not even tho
 
 from __future__ import annotations
 
-from . import rules_control, rules_segments
+from . import rules_control, rules_segments, rules_tables
 from .ruleset import VENDORS, Finding, Rule, State
 
 TYPE_CHECKING = False
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["RULES", "VENDORS", "Finding", "Rule", "check"]
 
-RULES: tuple[Rule, ...] = (*rules_control.RULES, *rules_segments.RULES)
+RULES: tuple[Rule, ...] = (*rules_control.RULES, *rules_segments.RULES, *rules_tables.RULES)
 """Every rule, control registers first."""
 
 

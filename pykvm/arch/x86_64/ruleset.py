@@ -1,4 +1,4 @@
-"""What a consistency rule is: the shared ground of ``rules_control`` and ``rules_segments``."""
+"""What a consistency rule is: the shared ground of the ``rules_*``."""
 
 from __future__ import annotations
 

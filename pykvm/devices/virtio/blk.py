@@ -15,7 +15,8 @@ from pykvm.devices.disk.overlay import OverlayDisk
 from pykvm.devices.virtio import blk_request as req
 from pykvm.devices.virtio.blk_fast import FastPath
 from pykvm.devices.virtio.blk_request import Refused, Request
-from pykvm.devices.virtio.device import DRIVER_OK, FEATURES_OK, VirtioDevice
+from pykvm.devices.virtio.core import DRIVER_OK, FEATURES_OK
+from pykvm.devices.virtio.device import VirtioDevice
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
