@@ -183,9 +183,14 @@ class Debugging(Runs):
     def step(self, count: int = 1, *, cpu: int = 0, timeout: float | None = 10.0) -> RunResult:
         """Execute so many instructions of one vCPU; the others stand still.
 
+        Args:
+            count: how many at most. Each costs an exit: docs/determinism.md says what that is.
+            cpu: which vCPU.
+            timeout: seconds; None where the count alone is to be the limit.
+
         Returns:
             A result with reason "step"; or what else ended it: "breakpoint" where a step arrives
-            at one, "halted", "timeout", …
+            at one, "halted", "timeout", … ``result.steps`` are those that were executed.
 
         Raises:
             CapabilityError: this KVM cannot in this mode; says why.
@@ -228,11 +233,20 @@ class Debugging(Runs):
 
     def _stepping(self, cpu: Cpu, look: Callable[[Cpu], Any], timeout: float | None) -> RunResult:
         debugger = self.debugger
-        debugger.steps(cpu, look)
+        steps = 0
+
+        def counted(cpu: Cpu) -> Any:
+            nonlocal steps
+            steps += 1
+            return look(cpu)
+
+        debugger.steps(cpu, counted)
         try:
-            return self.run(timeout)
+            result = self.run(timeout)
         finally:
             debugger.steps(cpu, None)
+        result.steps = steps
+        return result
 
     def instructions(
         self, limit: int = 1000, *, cpu: int = 0, timeout: float | None = 10.0

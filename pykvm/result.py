@@ -119,6 +119,9 @@ class RunResult:
     Attributes:
         reason: one of ``pykvm.result.REASONS``.
         exits: exits that the guest made in this run, of all its vCPUs.
+        steps: instructions that ``m.step()``, ``m.run_until(condition)`` and their like stepped
+            over; the one that ended the run otherwise, a HLT for example, is not among them.
+            None of any other run.
         seconds: wall-clock time.
         exit: the decoded last exit (``pykvm.kvm.exits``) or the access that ended the run, or
             None where the run did not end with one.
@@ -135,7 +138,7 @@ class RunResult:
 
     __slots__ = (
         "advice", "code", "cpu", "cpus", "devices", "error", "exit", "exits", "reason", "seconds",
-        "timings",
+        "steps", "timings",
     )  # fmt: skip
 
     def __init__(
@@ -153,6 +156,7 @@ class RunResult:
     ) -> None:
         self.reason = reason
         self.exits = exits
+        self.steps: int | None = None
         self.seconds = seconds
         self.exit = exit
         self.code = code
@@ -193,7 +197,8 @@ class RunResult:
             text += f" {self.exit!r}"
         if len(self.cpus) > 1 or self.reason not in (*WATCHED, LIMIT):
             text += f" on cpu {self.cpu}" if len(self.cpus) > 1 else ""
-        text += f" after {self.exits} exits, {_duration(self.seconds)}"
+        steps = "" if self.steps is None else f"{self.steps} steps, "
+        text += f" after {steps}{self.exits} exits, {_duration(self.seconds)}"
         return "\n  ".join([text, *map(repr, self.cpus)])
 
     def __repr__(self) -> str:

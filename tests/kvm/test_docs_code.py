@@ -46,11 +46,17 @@ def test_snapshots(run: Any, tmp_path: Path) -> None:
 
 
 def test_determinism(run: Any) -> None:
-    (program,) = programs("determinism.md")
+    _, program = programs("determinism.md")
     lines = run(program).splitlines()
     assert lines[0].startswith("<exit 1: in 0x40, 1 byte: ") and lines[3] == "<exit 4: hlt>"
     assert lines[4] == "replayed []"
     assert re.match(r"at exit 1 .* expected in 0x40, .*; found in 0x41, 1 byte \(at", lines[5])
+
+
+def test_a_limit_on_instructions(run: Any) -> None:
+    program, _ = programs("determinism.md")
+    assert run(program).splitlines() == ["step 101 26", "step 101 26", "halted 200 50"]
+    assert "# step 101 26, twice; halted 200 50" in program
 
 
 def test_debugging(run: Any) -> None:

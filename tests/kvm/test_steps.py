@@ -187,6 +187,40 @@ def test_a_step_that_meets_the_end_says_so(made: list[pykvm.Machine]) -> None:
     assert m.step(10).reason == "halted"
 
 
+@in_every_mode
+def test_steps_are_a_limit_on_instructions_and_counted(
+    made: list[pykvm.Machine], mode: str, ring: int
+) -> None:
+    m = make(made, COUNT, mode, ring)  # 2 instructions, 3 × 4, and 2 of which the last ends it
+    need_steps(m)
+    result = m.step(7, timeout=None)
+    assert (result.reason, result.steps) == ("step", 7)
+    assert (m.cpu.ebx, m.cpu.ecx, m.mem[CELL]) == (2, 2, 1)
+    point = m.breakpoint("bottom")
+    result = m.step(100, timeout=None)
+    assert (result.reason, result.steps, m.cpu.ebx) == ("breakpoint", 1, 2)
+    point.delete()
+    result = m.step(100, timeout=None)
+    assert (result.reason, result.steps, result.code) == ("stopped", 7, 7)
+    assert "after 7 steps, " in str(result)
+    assert m.run(timeout=0).steps is None
+
+
+@in_every_mode
+def test_a_limit_on_instructions_ends_a_guest_that_does_not_end(
+    made: list[pykvm.Machine], mode: str, ring: int
+) -> None:
+    m = make(made, "top: inc ebx; test ebx, ebx; jmp top", mode, ring)
+    need_steps(m)
+    for rounds in (20, 40):
+        result = m.step(60, timeout=None)
+        assert (result.reason, result.steps) == ("step", 60)
+        assert (m.cpu.ebx, m.cpu.rip) == (rounds, ENTRY)
+    result = m.step(1 << 40, timeout=0.1)
+    assert result.reason == "timeout"
+    assert result.steps is not None and m.cpu.ebx == 40 + (result.steps + 2) // 3
+
+
 def test_a_halt_that_was_stepped_to_is_over(made: list[pykvm.Machine]) -> None:
     m = make(made, "inc ebx; inc ebx; inc ebx; hlt")
     need_steps(m)
