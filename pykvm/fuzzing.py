@@ -266,7 +266,6 @@ class _Fuzzer:
                 raise ValueError(f"an input of {len(data)} bytes does not fit size={self._size}")
         self._begin_anew()
         runner.c.access.pending = lib.PYKVM_IDLE  # what the snapshot left untold is of no input
-        claim = None if self._until is None else machine.pio.stop(self._until, tag=UNTIL)
         joined = b"".join(inputs)
         ends, end = [], 0
         for data in inputs:
@@ -301,6 +300,8 @@ class _Fuzzer:
         self._reasons.clear()
         self._plan.before()
         loop = runner.c
+        # Last of all, for a Ctrl-C that comes before the try would leave the port claimed.
+        claim = None if self._until is None else machine.pio.stop(self._until, tag=UNTIL)
         machine._running = failed = True
         try:
             deadline = (

@@ -22,7 +22,7 @@ from contextlib import ExitStack, contextmanager
 from pykvm import snapshot_cpuid as cpuid_of
 from pykvm.errors import BusyError, ClosedError, SnapshotError
 from pykvm.kvm.handle import Closing
-from pykvm.machine import Machine
+from pykvm.machine import MAX_CPUS, Machine
 from pykvm.memory import GuestMemory
 from pykvm.snapshot import claims as claims_of
 from pykvm.snapshot import devices as devices_of
@@ -307,6 +307,7 @@ class Snapshot(Closing):
             cpuid = options["cpuid"]
             cpuid_of.check(cpuid)
             options["path"] = "/dev/kvm"
+            _check_options(options)
             made = cls(
                 options,
                 [file.vcpu_of_json(each) for each in header["vcpus"]],
@@ -328,7 +329,7 @@ class Snapshot(Closing):
             made.identity = None if place is None else identities.place(place, image)
             if len(made.cpus) != len(made.vcpus) or len(made.cpus) != options["cpus"]:
                 raise ValueError("it is of different numbers of vCPUs")
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except file.SENSELESS as error:
             image.close()
             raise SnapshotError(f"{name}: the header does not make sense: {error!r}") from error
         made.path = os.path.abspath(name)
@@ -414,6 +415,23 @@ def _take(machine: Machine, unseen: dict[int, dict[str, Any]]) -> Snapshot:
             _memory(machine),
             is_pc=machine.pc is not None,
         )
+
+
+_OPTIONS: dict[str, tuple[object, ...]] = {
+    "cpus": (int,), "irqchip": (None, "kernel", "split"), "pit": (bool,), "pic": ("reset", "bios"),
+    "features": (str,), "cpuid": (None, list), "path": (str,),
+}  # fmt: skip
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """ValueError unless a machine could be made with them; their numbers are seen to there."""
+    if options.keys() != _OPTIONS.keys():
+        raise ValueError(f"no machine has the options {sorted(options.keys() ^ _OPTIONS.keys())}")
+    for name, value in options.items():
+        if value not in _OPTIONS[name] and type(value) not in _OPTIONS[name]:
+            raise ValueError(f"{name}={value!r} is no option of a machine")
+    if not 1 <= options["cpus"] <= MAX_CPUS:
+        raise ValueError(f"no machine has {options['cpus']} vCPUs")
 
 
 def _hooks(machine: Machine) -> dict[str, dict[int, Any]]:

@@ -44,6 +44,10 @@ CHUNK = 1 << 20
 MOST_HEADER = 256 << 20
 MOST_LINKS = 64
 """Files of a chain."""
+MOST_PAGES = (1 << 31) - 1
+"""Of a region: KVM takes no more in a slot (KVM_MEM_MAX_NR_PAGES of linux/kvm_host.h)."""
+SENSELESS = (ArithmeticError, AttributeError, LookupError, MemoryError, TypeError, ValueError)
+"""What comes of a header in which something else is than should be."""
 
 Header = dict[str, "Any"]
 
@@ -218,7 +222,7 @@ def load(path: str, verify: bool, links: int = 0, expected: str = "") -> tuple[H
             if base is None:
                 return header, Image(os.dup(fd), parts)
             below, identity = _below(path, base)
-        except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        except (*SENSELESS, zlib.error) as error:
             if isinstance(error, SnapshotError):
                 raise SnapshotError(f"{path}: {error}") from None
             raise SnapshotError(f"{path}: the header does not make sense: {error!r}") from error
@@ -262,14 +266,17 @@ def _parts(header: Header, start: int, size: int) -> tuple[list[Part], list[Any]
     """The regions, which pages of each are in the file, and their checksums."""
     parts, pages, crcs = [], [], []
     whole = header["base"] is None
-    end = 0
+    end, slots = 0, set[int]()
     for said in header["memory"]["parts"]:
         slot, gpa, length, offset = (_number(said[n]) for n in ("slot", "gpa", "size", "offset"))
-        if slot >= 1 << 16 or gpa + length > 1 << 52 or not length:
+        if slot >= 1 << 16 or slot in slots or gpa + length > 1 << 52 or not length:
             raise SnapshotError("is damaged: a region is nowhere in guest-physical memory")
         if gpa % PAGE_SIZE or length % PAGE_SIZE or offset % PAGE_SIZE or gpa < end:
             raise SnapshotError("is damaged: a region is not on page boundaries, or overlaps")
         end = gpa + length
+        slots.add(slot)
+        if length // PAGE_SIZE > MOST_PAGES:
+            raise SnapshotError("is damaged: a region is larger than KVM takes")
         if whole and start + offset + length > size:
             raise SnapshotError("is damaged: it ends before its memory does")
         if length > 64 * size and length > 1 << 32 and not whole:
@@ -334,14 +341,27 @@ def _patched(fd: int, path: str, image: Image, parts: list[Part], pages: list[An
     try:
         if [part.place for part in parts] != [part.place for part in image.parts]:
             raise SnapshotError(f"{path}: has another memory map than what it is built upon")
-        own = os.dup(fd)
-        here = [(own, n, pages[n], part.offset) for n, part in enumerate(parts)]
+        under, *fds = _duplicates([image.fd, *(each[0] for each in image.patches), fd])
+        patches = [(own, *each[1:]) for own, each in zip(fds, image.patches, strict=False)]
+        patches += [(fds[-1], n, pages[n], part.offset) for n, part in enumerate(parts)]
         for part, below in zip(parts, image.parts, strict=True):
             part.offset = below.offset
-        patches = [(os.dup(each[0]), *each[1:]) for each in image.patches]
-        return Image(os.dup(image.fd), parts, [*patches, *here])
+        return Image(under, parts, patches)
     finally:
         image.close()
+
+
+def _duplicates(fds: list[int]) -> list[int]:
+    """Others of the same files: one of each file descriptor, or none."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError:
+        for fd in made:
+            os.close(fd)
+        raise
+    return made
 
 
 # ---- state as text -------------------------------------------------------------------------------

@@ -99,7 +99,8 @@ class Image:
     """The pages of a machine's memory at one moment.
 
     Args:
-        fd: the file, which is the image's from here on.
+        fd: the file, which is the image's from here on; as patches' are. It closes them where it
+            cannot be made.
         parts: one for each region, by gpa.
         patches: of a chain of files: (fd, number of the part, bitmap of the pages in it, offset of
             the first), in order; those pages take the place of the file's.
@@ -114,13 +115,20 @@ class Image:
         self.patches = tuple(patches)
         self._map: mmap.mmap | None = None
         self._address = 0
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
         length = max((part.offset + part.size for part in self.parts), default=0)
         if length:
             # Patched, it is a private mapping, and pages of the file come in as they are looked at.
             self._map = (
-                mmap.mmap(fd, length, mmap.MAP_PRIVATE)
+                mmap.mmap(self._fd, length, mmap.MAP_PRIVATE)
                 if self.patches
-                else mmap.mmap(fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
+                else mmap.mmap(self._fd, length, mmap.MAP_SHARED, mmap.PROT_READ)
             )
             with ffi.from_buffer(self._map) as start:
                 self._address = int(ffi.cast("uintptr_t", start))
@@ -264,10 +272,10 @@ def capture(memory: GuestMemory) -> Image:
         for name in _SEALS:  # linux/fcntl.h; FUTURE_WRITE is newer than Python's module
             seals |= getattr(fcntl, name, 0x10 if name == "F_SEAL_FUTURE_WRITE" else 0)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
-        return Image(fd, parts)
     except BaseException:
         os.close(fd)
         raise
+    return Image(fd, parts)
 
 
 def _copy(fd: int, part: Part, region: Region) -> None:

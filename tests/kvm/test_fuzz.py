@@ -15,6 +15,7 @@ from pykvm import result as reasons
 from pykvm.corpus import Corpus
 from pykvm.fuzzing import UNTIL, Outcome
 from pykvm.memory import GuestMemory
+from pykvm.snapshot.reset import Plan
 from tests.support.same_machine import Judge
 
 ENTRY = 0x8000
@@ -233,6 +234,27 @@ def test_ctrl_c_between_inputs_loses_no_outcome(
         monkeypatch.undo()
         with machine.snapshot() as after:
             assert not s.diff(after)
+
+
+def test_ctrl_c_before_a_batch_leaves_no_port_claimed(
+    machine: pykvm.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with machine.snapshot() as s:
+        fuzz = machine.fuzz(s, [b"X"], write_at=INPUT, until=0x10)
+        real, calls = Plan.before, []
+
+        def before(plan: Plan) -> None:
+            calls.append(1)
+            if len(calls) == 2:  # the first is the reset's before it
+                raise KeyboardInterrupt
+            real(plan)
+
+        monkeypatch.setattr(Plan, "before", before)
+        assert interrupted(fuzz) == ([], "")
+        monkeypatch.undo()
+        assert machine.pio.find(0x10) is None
+        (outcome,) = machine.fuzz(s, [b"X"], write_at=INPUT, until=0x10)
+        assert outcome.reason == UNTIL
 
 
 def test_ctrl_c_is_not_swallowed_by_who_asks_for_no_more(machine: pykvm.Machine) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import gc
 import json
+import mmap
 import os
 import zlib
 from base64 import b64decode, b64encode
@@ -186,6 +189,87 @@ def test_a_chain_in_a_circle_ends(saved: Path) -> None:
     (saved / "circle").write_bytes(forged(good, change))
     with pytest.raises(SnapshotError, match="chain has more than"):
         files.load(str(saved / "circle"), False)
+
+
+def closed_twice(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """File descriptors that were closed when they were not open: it may be somebody else's then."""
+    wrong: list[int] = []
+    real = os.close
+
+    def close(fd: int) -> None:
+        try:
+            real(fd)
+        except OSError:
+            wrong.append(fd)
+
+    monkeypatch.setattr(os, "close", close)
+    return wrong
+
+
+def test_an_image_that_cannot_be_mapped_leaves_nothing_open_and_closes_nothing_twice(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*arguments: Any) -> Any:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = os.listdir("/proc/self/fd")
+    wrong = closed_twice(monkeypatch)
+    with GuestMemory("64K") as memory:
+        monkeypatch.setattr(mmap, "mmap", no_room)
+        with pytest.raises(OSError, match="allocate memory"):
+            images.capture(memory)
+    with pytest.raises(OSError, match="allocate memory"):
+        files.load(str(saved / "base"), False)
+    gc.collect()
+    monkeypatch.undo()
+    assert not wrong
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize("left", range(8))
+def test_a_process_that_may_open_no_more_files_has_none_more_open(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    real, calls = os.dup, []
+
+    def dup(fd: int) -> int:
+        calls.append(fd)
+        if len(calls) > left:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(fd)
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(os, "dup", dup)
+    try:
+        files.load(str(saved / "top"), False)[1].close()
+    except OSError as error:
+        assert error.errno == errno.EMFILE and len(calls) == left + 1
+    except SnapshotError as error:
+        assert "Too many open files" in str(error)
+    else:
+        assert len(calls) == left or left > 3
+    monkeypatch.undo()
+    gc.collect()
+    assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"slot": 1}, "nowhere"),
+        ({"size": 1 << 43, "held": "", "pages": ""}, "larger than KVM takes"),
+    ],
+)
+def test_regions_that_no_machine_can_have_are_refused(
+    saved: Path, tmp_path: Path, change: dict[str, Any], reason: str
+) -> None:
+    def forge(header: Any) -> None:
+        first, second = header["memory"]["parts"]
+        (first if "slot" in change else second).update(change)
+
+    (tmp_path / "forged").write_bytes(forged((saved / "base").read_bytes(), forge))
+    with pytest.raises(SnapshotError, match=reason):
+        files.load(str(tmp_path / "forged"), False)
 
 
 # ---- states of vCPUs -----------------------------------------------------------------------------

@@ -160,3 +160,44 @@ def test_what_older_files_lack_they_had_not(saved: Path) -> None:
     (saved / "old").write_bytes(forged((saved / "first").read_bytes(), change))
     with Snapshot.load(saved / "old") as old:
         assert (old.unseen, old.halted, old.served) == ({}, [], [])
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cpus": 0},
+        {"cpus": 10**9},
+        {"cpus": True},
+        {"irqchip": "both"},
+        {"irqchip": {}},
+        {"pit": 1},
+        {"pic": "other"},
+        {"features": None},
+        {"flavour": "new"},
+        None,
+    ],
+)
+def test_options_that_no_machine_has_are_refused(saved: Path, wrong: Any) -> None:
+    def change(header: Any) -> None:
+        header["options"] = None if wrong is None else header["options"] | wrong
+        cpus = header["options"] and header["options"]["cpus"]
+        if cpus == 0:
+            header["vcpus"], header["cpus"] = [], []
+
+    is_refused(saved, change)
+
+
+@pytest.mark.parametrize("tsc", [[], [1], {}, [1.5, 2], "12", [-1, 0]])
+def test_a_clock_that_is_none_is_refused(saved: Path, tsc: Any) -> None:
+    def change(header: Any) -> None:
+        header["vcpus"][0]["tsc"] = tsc
+
+    is_refused(saved, change)
+
+
+@pytest.mark.parametrize("khz", [float("inf"), float("nan"), None, "fast"])
+def test_a_frequency_that_is_none_is_refused(saved: Path, khz: Any) -> None:
+    def change(header: Any) -> None:
+        header["tsc_khz"] = khz
+
+    is_refused(saved, change)
