@@ -10,8 +10,11 @@ import ctypes
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,8 @@ FLAGS = ("-std=gnu11", "-O2", "-Wall", "-Wextra", "-shared", "-fPIC")
 def build(source: str) -> ctypes.CDLL:
     """Compile ``benches/<source>`` (unless that was done before) and load it.
 
-    Environment: ``CC`` (gcc). The result is kept under ``XDG_CACHE_HOME``, named by its contents.
+    Environment: ``CC`` (gcc). The result is kept under ``XDG_CACHE_HOME``, named by its contents,
+    where that can be written.
     """
     compiler = shlex.split(os.environ.get("CC", "gcc"))
     texts = [path.read_bytes() for path in (HERE / source, HERE / "raw.h")]
@@ -37,17 +41,27 @@ def build(source: str) -> ctypes.CDLL:
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pykvm" / "benches"
     target = folder / f"{Path(source).stem}-{key}.so"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        scratch = target.with_suffix(f".{os.getpid()}")
-        command = [*compiler, *FLAGS, "-o", str(scratch), str(HERE / source)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError as error:
-            raise BenchError(f"no C compiler: {shlex.join(command)}: {error.strerror}") from error
-        if done.returncode:
-            raise BenchError(f"{shlex.join(command)}\n{done.stderr}")
-        scratch.replace(target)
+        with tempfile.TemporaryDirectory() as scratch:
+            made = Path(scratch) / target.name
+            _compile(compiler, source, made)
+            with suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                beside = target.with_suffix(f".{os.getpid()}")
+                shutil.copy(made, beside)
+                beside.replace(target)
+            if not target.exists():
+                return ctypes.CDLL(str(made))  # it stays mapped
     return ctypes.CDLL(str(target))
+
+
+def _compile(compiler: list[str], source: str, target: Path) -> None:
+    command = [*compiler, *FLAGS, "-o", str(target), str(HERE / source)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BenchError(f"no C compiler: {shlex.join(command)}: {error.strerror}") from error
+    if done.returncode:
+        raise BenchError(f"{shlex.join(command)}\n{done.stderr}")
 
 
 def pointer(cdata: Any) -> int:

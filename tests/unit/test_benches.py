@@ -7,6 +7,7 @@ import math
 import shutil
 import statistics
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benches import measure, run
+from benches import measure, reference, run
 from benches.measure import OF_DIFFERENCE, OF_OURS, BenchError, Goal, Result, compare, take_turns
 
 COSTS = st.floats(min_value=1e-3, max_value=1e9)
@@ -239,6 +240,22 @@ def test_every_question_can_be_loaded_and_answers_with_measure() -> None:
 
 
 # ---- the question that needs no KVM --------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the C reference with")
+def test_a_reference_is_built_once_and_where_nothing_can_be_kept_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = reference.build.__wrapped__  # without its memory
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert build("fake_loop.c").fake_loop
+    (kept,) = (tmp_path / "cache").rglob("*.*")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(BenchError, match="no C compiler: no-such-compiler"):
+        build("fake_loop.c")
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kept))  # a file: nothing can be made in it
+    assert build("fake_loop.c").fake_loop
 
 
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc to build the C reference with")

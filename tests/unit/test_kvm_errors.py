@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import pickle
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -154,12 +155,15 @@ def test_a_leaked_handle_is_closed_and_reported() -> None:
             os.fstat(fd)
 
 
-def test_a_leak_is_closed_even_where_warnings_are_errors() -> None:
+def test_a_leak_is_closed_even_where_warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[BaseException] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda said: told.append(said.exc_value))
     with fake_vcpu() as (_, kvm, _, _):
-        fd = kvm.create_vm().fd
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            fd = kvm.create_vm().fd
             gc.collect()
+        assert [type(error) for error in told] == [ResourceWarning]
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
 

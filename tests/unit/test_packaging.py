@@ -6,7 +6,6 @@ those of the running environment.
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from pykvm._abi import ffi, lib
+from tests.support import plain
 
 ROOT = Path(__file__).parents[2]
 GIL_DISABLED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -48,7 +48,7 @@ def python(
     """Run this Python; CC and the PYKVM_* switches of the outer build do not reach it."""
     clean = {
         name: value
-        for name, value in os.environ.items()
+        for name, value in plain.environment().items()
         if name not in ("CC", "CFLAGS", "PYTHONPATH") and not name.startswith("PYKVM_")
     }
     return subprocess.run(
