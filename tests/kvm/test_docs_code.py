@@ -32,6 +32,31 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return execute
 
 
+README = "../README.md"
+
+
+def test_the_readmes_example_prints_what_it_says(run: Any) -> None:
+    program = programs(README)[0]
+    told = (DOCS / README).read_text().split("prints\n\n```\n")[1].split("```")[0]
+    seconds = re.compile(r", [0-9.e+]+ m?s$", re.MULTILINE)
+    assert seconds.sub("", run(program)) == seconds.sub("", told)
+
+
+def test_the_readmes_fuzzer_finds_the_bug_and_its_file_runs(run: Any) -> None:
+    (program,) = (text for text in programs(README) if "m.fuzz(" in text)
+    message, result = run(program).splitlines()
+    assert message.startswith('b"KVM' if "'" in message else "b'KVM")
+    assert result.startswith("debug-exit 0 after ")
+
+
+def test_the_readmes_ioctls_are_traced(run: Any, capfd: pytest.CaptureFixture[str]) -> None:
+    (program,) = (text for text in programs(README) if "kvm.trace()" in text)
+    assert int(run(program)) > 0
+    assert re.fullmatch(
+        r"ioctl\(vcpu \d+, KVM_SET_REGS, {.*rip=0x1000,.*}\) = 0\n", capfd.readouterr().err
+    )
+
+
 def test_tracing(run: Any, tmp_path: Path) -> None:
     (program,) = programs("tracing.md")
     text = run(program)

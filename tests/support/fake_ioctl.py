@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from pykvm import host
 from pykvm._abi import ffi, lib
 from pykvm.kvm import Kvm, Vcpu, Vm
 from pykvm.kvm import ioctl as door
@@ -144,16 +145,21 @@ def _cap_name(number: int) -> str:
 
 @contextmanager
 def fake_kernel(cap_default: int = 1) -> Iterator[FakeKernel]:
-    """Put a fake kernel behind the door, and the real one back afterwards."""
+    """Put a fake kernel behind the door, and the real one back afterwards.
+
+    What one kernel said is not known of another.
+    """
     kernel = FakeKernel(cap_default)
-    raw, requests = door.raw, door.requests
+    raw, requests, hosts = door.raw, door.requests, host._hosts
     door.raw = kernel.raw
     door.requests = _Requests()  # type: ignore[assignment]
+    host._hosts = {}
     try:
         yield kernel
     finally:
         door.raw = raw
         door.requests = requests
+        host._hosts = hosts
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pykvm.doctor import access, host, measure
 from pykvm.doctor.access import diagnose
 from pykvm.doctor.host import Tree
 from pykvm.doctor.measure import Ring0, Timing
+from pykvm.host import open_kvm
 from tests.support.fake_ioctl import fake_kernel
 from tests.support.proc_tree import MISC_WITH_KVM, MISC_WITHOUT, cpuinfo
 
@@ -198,6 +199,8 @@ def test_a_folder_is_no_kvm(tmp_path: Path, tree: Callable[..., Tree]) -> None:
 
 
 def test_another_version_of_the_api_is_no_kvm_for_us(tree: Callable[..., Tree]) -> None:
+    with fake_kernel():  # a good one, of the same name, which has been asked
+        open_kvm("/dev/null")[0].close()
     with fake_kernel() as kernel:
         kernel.answers["KVM_GET_API_VERSION"] = 10
         problem = diagnose("/dev/null", tree())
