@@ -38,8 +38,9 @@ README = "../README.md"
 def test_the_readmes_example_prints_what_it_says(run: Any) -> None:
     program = programs(README)[0]
     told = (DOCS / README).read_text().split("prints\n\n```\n")[1].split("```")[0]
-    seconds = re.compile(r", [0-9.e+]+ m?s$", re.MULTILINE)
-    assert seconds.sub("", run(program)) == seconds.sub("", told)
+    differs = re.compile(r", [0-9.e+]+ m?s$|, (2M|1G) page(.|\n)*", re.MULTILINE)  # by machine
+    assert differs.sub("", run(program)) == differs.sub("", told)
+    assert "(4-level" in differs.sub("", told)
 
 
 def test_the_readmes_fuzzer_finds_the_bug_and_its_file_runs(run: Any) -> None:
