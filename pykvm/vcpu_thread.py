@@ -373,7 +373,7 @@ class Runner:
         log = c.log
         if log and log.mode == lib.PYKVM_LOG_REPLAY:
             c.log = ffi.NULL  # it has given its answer
-        stopped = False
+        stopped, take_back = False, _nothing
         try:
             while True:
                 c.run.immediate_exit = 1
@@ -386,15 +386,25 @@ class Runner:
                     c.run.kvm_dirty_regs &= ~lib.KVM_SYNC_X86_SREGS  # refused, and in the way
                 elif outcome == lib.PYKVM_LOGGED:
                     self.log.see(outcome)
+                elif outcome == lib.PYKVM_STRUCK:  # Ctrl-C came before anybody saw it
+                    found = None if self.debug is None else self.debug.before_in(c.index)
+                    if found is None:
+                        self.pass_on()
+                    take_back = found or _nothing
                 elif outcome in (lib.PYKVM_KICKED, lib.PYKVM_INTERRUPTED, lib.PYKVM_FAILED):
                     stopped |= outcome == lib.PYKVM_KICKED  # meant for a run
                     if c.access.pending == lib.PYKVM_RETRY:
                         continue  # more items of a string instruction
                     if stopped:
                         c.stop = lib.PYKVM_STOP_OTHER
+                    take_back()
                     return
         finally:
             c.exit_limit, c.log = limit, log
+
+
+def _nothing() -> None:
+    """What there is to take back of most exits."""
 
 
 def _stopped(stop: Stop | None) -> End | None:

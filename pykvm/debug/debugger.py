@@ -264,19 +264,24 @@ class Debugger(Stepping):
     def struck(self, index: int) -> Stop | None:
         """An IN that may be a planted stop: a Stop, or None for the guest to go on."""
         cpu = self.cpus[index]
-        regs = cpu.load_regs()
         address = self.address(cpu)
         gpa = self.gpa(cpu, address)
-        if gpa is None or not (self.planted.stops_at(gpa) or self.planted.was_at(gpa)):
+        if gpa is None or not self._is_stop(gpa):
             cpu._runner.pass_on()
             return None
-        # KVM finishes an IN on re-entry only: let it, and take back what it did.
-        rip, rax = regs.rip, regs.rax
+        take_back = _in_of(cpu)
         cpu._runner.complete()
-        regs = cpu.load_regs()
-        regs.rip, regs.rax = rip, rax
-        cpu.dirty(REGS)
+        take_back()
         return self._strike_at(cpu, gpa, address)
+
+    def before_in(self, index: int) -> Callable[[], None] | None:
+        """What takes back the IN of a planted stop, once that is complete; None: of the guest."""
+        cpu = self.cpus[index]
+        gpa = self.gpa(cpu, self.address(cpu))
+        return _in_of(cpu) if gpa is not None and self._is_stop(gpa) else None
+
+    def _is_stop(self, gpa: int) -> bool:
+        return self.planted.stops_at(gpa) or self.planted.was_at(gpa)
 
     def _strike_at(self, cpu: Cpu, gpa: int, address: int) -> Stop | None:
         wanted = None
@@ -329,6 +334,19 @@ class Debugger(Stepping):
             return False
         cpu._forget_history()
         return self._strike_at(cpu, gpa, address)
+
+
+def _in_of(cpu: Cpu) -> Callable[[], None]:
+    """What takes an IN back. KVM finishes it on re-entry only: let it, and call that."""
+    regs = cpu.load_regs()
+    rip, rax = regs.rip, regs.rax
+
+    def take_back() -> None:
+        regs = cpu.load_regs()
+        regs.rip, regs.rax = rip, rax
+        cpu.dirty(REGS)
+
+    return take_back
 
 
 def _check_address(address: int) -> None:

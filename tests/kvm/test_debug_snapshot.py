@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+import pykvm
+from pykvm._abi import lib
+from pykvm.vcpu_thread import End, Runner
 from tests.support.stops import CELL, COUNT, ENTRY, machine
 
 
@@ -24,6 +27,53 @@ def test_a_snapshot_has_the_guests_own_code_and_breakpoints_outlive_a_restore() 
             assert other.mem.read(ENTRY, 64) == code
         m.planted.clear()
         assert m.mem.read(ENTRY, 64) == code
+
+
+def interrupt_unseen(m: pykvm.Machine, patch: pytest.MonkeyPatch) -> None:
+    """Run to an IN that may be a planted stop; Ctrl-C comes before anybody looks at it."""
+    real = Runner._other
+
+    def other(runner: Runner, outcome: int, lock: object) -> End | None:
+        if outcome == lib.PYKVM_STRUCK:
+            raise KeyboardInterrupt
+        return real(runner, outcome, lock)
+
+    with patch.context() as context:
+        context.setattr(Runner, "_other", other)
+        assert m.run(timeout=60).reason == "interrupted"
+
+
+def test_a_stop_that_nobody_has_seen_is_no_part_of_a_snapshot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with machine("inc ebx; here: mov ecx, 0x1234; inc ebx; hlt") as m:
+        m.cpu.rax = 0x55
+        m.breakpoint("here")
+        interrupt_unseen(m, monkeypatch)
+        s = m.snapshot()
+        assert (s.regs().rip, s.regs().rax) == (ENTRY + 2, 0x55)
+        with s.fork() as other:
+            assert other.run(timeout=60).reason == "halted"
+            assert (other.cpu.ebx, other.cpu.ecx) == (2, 0x1234)
+        result = m.run(timeout=60)
+        assert (result.reason, m.cpu.rip, m.cpu.rax) == ("breakpoint", ENTRY + 2, 0x55)
+        assert m.run(timeout=60).reason == "halted"
+        assert (m.cpu.ebx, m.cpu.ecx) == (2, 0x1234)
+
+
+def test_an_in_of_the_guests_own_is_answered_for_a_snapshot(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At the same offset of another page: who only sees that cannot tell them apart."""
+    with machine("here: nop; hlt") as m:
+        m.breakpoint("here")
+        m.pio.constant(0x61, 0x5A)
+        m.cpu.rdx = 0x61
+        m.cpu.rip, own = m.resolve("here") + 0x1000, m.resolve("here") + 0x1000
+        m.mem.write(own, b"\xec\xf4")
+        interrupt_unseen(m, monkeypatch)
+        with m.snapshot() as s:
+            assert (s.regs().rip, s.regs().rax & 0xFF) == (own + 1, 0x5A)
 
 
 def test_snapshots_with_and_without_stops_are_the_same() -> None:
