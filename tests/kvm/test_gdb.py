@@ -276,8 +276,7 @@ def test_gdb_stops_debians_kernel_at_start_kernel() -> None:
     images = linux_guest.kernels()
     if "generic" not in images:
         pytest.skip("PYKVM_KERNELS names no folder with Debian's generic kernel")
-    if not linux_guest.ring0_is_native():
-        pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
+    linux_guest.need_native_ring0()
     symbols = kernel_symbols(images["generic"])
     start = symbols["start_kernel"]
     with pykvm.Machine("256M", irqchip=True, pit=True) as m:

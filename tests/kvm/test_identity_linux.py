@@ -58,8 +58,7 @@ def test_clones_have_random_numbers_of_their_own(tmp_path: Path) -> None:
     found = linux_guest.kernels()
     if "generic" not in found:  # the cloud kernel has no CONFIG_VMGENID
         pytest.skip("PYKVM_KERNELS names no folder with Debian's kernel (tests/rig sets it)")
-    if not linux_guest.ring0_is_native():
-        pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
+    linux_guest.need_native_ring0()
     snapshot = tmp_path / "debian.snapshot"
     with pykvm.Machine("256M", irqchip=True, pit=True) as m:
         m.boot(

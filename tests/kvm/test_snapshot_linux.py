@@ -58,8 +58,7 @@ def test_it_answers_on_its_console_and_has_its_disk(
     found = linux_guest.kernels()
     if "cloud" not in found:
         pytest.skip("PYKVM_KERNELS names no folder with Debian's cloud kernel (tests/rig sets it)")
-    if not linux_guest.ring0_is_native():
-        pytest.skip("two million instructions in ring 0 took over 0.4 s: it is emulated")
+    linux_guest.need_native_ring0()
     initrd, image = tmp_path / "initrd.gz", tmp_path / "root.img"
     initrd.write_bytes(linux_disk.initrd(found["cloud"]))
     linux_disk.root_image(image, 32 << 20, SCRIPT)
