@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="DIR",
-        help="show this folder inside too, though it is below /tmp or /run, which are empty there",
+        help="show this folder inside too, though it is below /tmp, /run or /dev/shm, empty there",
     )
     parser.add_argument(
         "--qemu", action="append", default=[], metavar="ARG", help="one more argument for QEMU"

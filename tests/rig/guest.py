@@ -25,7 +25,7 @@ KILL_PATIENCE = 30.0
 _POLL = 0.05
 
 #: Folders that are fresh tmpfs inside; what is needed from below them is bound back.
-_COVERED = ("/tmp", "/run")
+_COVERED = ("/tmp", "/run", "/dev/shm")
 
 STAGE2 = Path(__file__).with_name("stage2.sh")
 

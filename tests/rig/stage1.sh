@@ -25,6 +25,9 @@ for folder in proc sys dev run tmp; do $b mkdir -p $new/$folder; done
 $b mount -t tmpfs -o mode=1777 tmp $new/tmp
 $b mount -t tmpfs -o mode=755 run $new/run
 $b mkdir $new/run/rig
+$b mount -o move /dev $new/dev
+$b mkdir -p $new/dev/shm
+$b mount -t tmpfs -o mode=1777 shm $new/dev/shm
 # The folder that host and guest share: written through, so that nothing is lost if this hangs.
 $b mount -t 9p -o "rw,cache=none,$transport" run $new/run/rig || die "cannot mount the run folder"
 
@@ -35,7 +38,6 @@ while read -r source && read -r target; do
 done <$new/run/rig/binds
 
 $b cp $b $new/run/busybox
-$b mount -o move /dev $new/dev
 $b umount /proc
 exec $b switch_root $new /run/busybox sh /run/rig/stage2.sh
 die "switch_root failed"

@@ -5,9 +5,8 @@ b=/run/busybox
 $b mount -t proc proc /proc
 $b mount -t sysfs sys /sys
 $b mount -t cgroup2 cgroup2 /sys/fs/cgroup
-$b mkdir -p /dev/pts /dev/shm
+$b mkdir -p /dev/pts
 $b mount -t devpts devpts /dev/pts
-$b mount -t tmpfs shm /dev/shm
 [ -e /dev/fd ] || $b ln -s /proc/self/fd /dev/fd
 $b ip link set lo up
 $b hostname rig

@@ -203,7 +203,17 @@ def test_the_tests_that_a_command_names_are_seen() -> None:
     assert rig.test_paths(["ls", "tests/kvm"]) == []
 
 
-def test_folders_below_tmp_are_bound_once_each(tmp_path: Path) -> None:
+def test_what_is_covered_inside_is_what_the_first_process_covers() -> None:
+    stage1 = guest.STAGE2.with_name("stage1.sh").read_text()
+    covered = re.findall(r"mount -t tmpfs .* \$new(/\S+)", stage1)
+    assert sorted(covered) == sorted(guest._COVERED)
+
+
+def test_covered_folders_are_bound_once_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert guest.binds([tmp_path / "absent", Path("/usr")]) == []
+    monkeypatch.setattr(guest, "_COVERED", (str(tmp_path),))
     inner, link = tmp_path / "outer" / "inner", tmp_path / "link"
     inner.mkdir(parents=True)
     link.symlink_to(inner)
