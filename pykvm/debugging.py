@@ -168,7 +168,7 @@ class Debugging(Runs):
 
         Args:
             where: linear address, or a symbol.
-            length: bytes.
+            length: bytes; by single steps 64 KiB at most.
             access: ``"w"``: writes, with single steps only those that change something; ``"rw"``:
                 reads too.
             how: ``"watch"``: a debug register; ``"step"``: single steps, and a look after each,

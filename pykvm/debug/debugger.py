@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from pykvm.symbols import Symbols
 
 
+LOOKED_AT = 0x10000
+"""Bytes that a watchpoint by single steps may have: all of them are read after each."""
+
+
 class Debugger(Stepping):
     """What stops the vCPUs of one machine.
 
@@ -131,6 +135,8 @@ class Debugger(Stepping):
                     problem = f"{problem}; {missing}" if missing else ""
                 if not problem and access != "w":
                     problem = "single steps see writes only"
+                if not problem and length > LOOKED_AT:
+                    problem = f"after each step {LOOKED_AT:#x} bytes can be looked at, no more"
                 problem = problem or self._apart()
             if not problem:
                 point = Watchpoint(self, address, length, access, way)

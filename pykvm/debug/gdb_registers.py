@@ -10,6 +10,7 @@ from pykvm.debug import floating
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from typing import Any
 
     from pykvm.cpu import Cpu
@@ -90,7 +91,7 @@ def description(bits: int) -> str:
 class Bank:
     """The registers of one vCPU, to read and to write.
 
-    What KVM keeps together is fetched once; :meth:`store` writes back what was changed.
+    What KVM keeps together is fetched once; :meth:`set` writes back what was changed.
     """
 
     def __init__(self, cpu: Cpu) -> None:
@@ -156,13 +157,22 @@ class Bank:
                 short = {"fctrl": "fcw", "fstat": "fsw"}.get(name)
                 setattr(fpu, short or name, value & 0xFFFF if short else value)
             self._fpu_changed = True
+        elif name == "cr8" and value > 15:
+            raise ValueError(f"CR8 has four bits, not {value:#x}")  # only KVM_RUN would refuse it
         elif name not in _FPU:
             whole = "rflags" if name == "eflags" else name
             if getattr(cpu, whole) != value:
                 setattr(cpu, whole, value)
 
-    def store(self) -> None:
-        """Tell KVM what has changed."""
+    def set(self, wanted: Iterable[tuple[Register, bytes]]) -> None:
+        """Set registers, and tell KVM.
+
+        Raises:
+            ValueError, PykvmError: no processor can have that.
+        """
+        for register, data in wanted:
+            self.write(register, data)
+        self._cpu.flush()
         if self._fpu_changed:
             floating.set_fpu(self._cpu.vcpu, self._fpu)
             self._fpu_changed = False

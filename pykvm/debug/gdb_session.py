@@ -10,7 +10,7 @@ from __future__ import annotations
 from pykvm.debug import probe
 from pykvm.debug.disassembly import bits_of
 from pykvm.debug.gdb_packets import SIZE, number, numbers, unhex
-from pykvm.debug.gdb_registers import Bank, description, layout
+from pykvm.debug.gdb_registers import Bank, Register, description, layout
 from pykvm.errors import CapabilityError, PykvmError
 
 TYPE_CHECKING = False
@@ -173,25 +173,33 @@ class Session:
         return b"".join(bank.read(register) for register in self._registers).hex().encode()
 
     def _write_all(self, rest: bytes) -> bytes:
-        data, bank, at = unhex(rest), Bank(self._cpu), 0
+        data, at, wanted = unhex(rest), 0, []
         for register in self._registers:
             piece = data[at : at + register.size]
             if len(piece) == register.size:
-                bank.write(register, piece)
+                wanted.append((register, piece))
             at += register.size
-        bank.store()
-        return _OK
+        return self._set(wanted)
 
     def _read_one(self, rest: bytes) -> bytes:
         return Bank(self._cpu).read(self._registers[number(rest)]).hex().encode()
 
     def _write_one(self, rest: bytes) -> bytes:
         which, _, value = rest.partition(b"=")
-        register, data, bank = self._registers[number(which)], unhex(value), Bank(self._cpu)
+        register, data = self._registers[number(which)], unhex(value)
         if len(data) != register.size:
             raise ValueError(f"{register.name} has {register.size} bytes")
-        bank.write(register, data)
-        bank.store()
+        return self._set([(register, data)])
+
+    def _set(self, wanted: list[tuple[Register, bytes]]) -> bytes:
+        """Set registers now: what KVM refuses is an error of the packet, and changes none."""
+        bank = Bank(self._cpu)
+        before = [(register, bank.read(register)) for register, _ in wanted]
+        try:
+            bank.set(wanted)
+        except (ValueError, PykvmError):
+            bank.set(before)
+            raise
         return _OK
 
     def _pieces(self, address: int, length: int) -> list[tuple[int, int]]:
@@ -359,7 +367,7 @@ _NAMED: tuple[tuple[bytes, Callable[[Session, bytes], Any]], ...] = (
     (b"qfThreadInfo", Session._threads),
     (b"qsThreadInfo", lambda session, rest: b"l"),
     (b"qThreadExtraInfo,", Session._about),
-    (b"qC", lambda session, rest: b"QC%x" % (session._thread + 1)),
+    (b"qC", lambda session, rest: b"" if rest else b"QC%x" % (session._thread + 1)),
     (b"qAttached", lambda session, rest: b"1"),
     (b"qSymbol", lambda session, rest: _OK),
     (b"qRcmd,", Session._monitor),

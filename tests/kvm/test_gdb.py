@@ -338,6 +338,31 @@ def test_what_a_handler_raises_comes_out_of_the_session(error: type[Exception]) 
         assert session.answer(b"m,") == [b"E01"]
 
 
+@pytest.mark.parametrize("name", ["cr0", "cr4", "cr8", "mxcsr"])
+def test_a_register_that_no_processor_can_have_is_refused_and_the_session_goes_on(
+    name: str,
+) -> None:
+    with machine() as m:
+        session = Session(m, lambda run: run())
+        number = next(n for n, each in enumerate(layout(64)) if each.name == name)
+        before = session.answer(b"g")
+        wanted = b"ff" * layout(64)[number].size
+        assert session.answer(b"P%x=%s" % (number, wanted)) == [b"E01"]
+        assert session.answer(b"G" + b"ff" * (len(before[0]) // 2)) == [b"E01"]
+        assert session.answer(b"g") == before
+        assert session.answer(b"vCont;s:1") == [b"T05thread:1;"]
+        assert session.answer(b"c") == [b"W07"]
+
+
+def test_only_what_is_asked_is_answered() -> None:
+    with machine() as m:
+        session = Session(m, lambda run: run())
+        assert session.answer(b"qC") == [b"QC1"]
+        assert session.answer(b"qCRC:8000,10") == [b""]  # compare-sections reads memory then
+        if m.debugger.obstacle("watch", m.cpu):
+            assert session.answer(b"Z2,8000,ffffffffffff")[-1] == b"E01"
+
+
 def test_what_gdb_writes_to_an_sse_register_is_what_the_guest_has() -> None:
     """Also if it has used none before; ring 3, where every back end executes SSE."""
     movq = bytes.fromhex("660fd6042500800100")  # movq [0x18000], xmm0

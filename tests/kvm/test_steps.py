@@ -133,6 +133,19 @@ def test_reads_are_watched_by_debug_registers_or_refused(made: list[pykvm.Machin
         assert m.cpu.ebx == 0
 
 
+def test_more_than_can_be_looked_at_after_each_step_is_refused(
+    made: list[pykvm.Machine],
+) -> None:
+    m = make(made)
+    need_steps(m)
+    for length in (0x10001, 1 << 47, 1 << 4000):
+        with pytest.raises(CapabilityError, match="0x10000 bytes can be looked at"):
+            m.watch(CELL, length, how="step")
+    assert not m.debugger.watchpoints
+    m.watch(CELL, 0x10000, how="step")
+    assert m.run(timeout=20).reason == "watchpoint"
+
+
 def test_run_until_an_address_or_a_condition(made: list[pykvm.Machine]) -> None:
     m = make(made)
     need_steps(m)
