@@ -106,11 +106,26 @@ class GdbServer(Closing):
                             connection.sendall(b"+")
                         with self._lock:  # a Ctrl-C that came too late was not meant for this
                             self._interrupted = False
-                        packets.put(item)
+                        self._enqueue(packets, item)
         except OSError:
             pass
         self._interrupt()
         packets.put(None)
+
+    def _enqueue(self, packets: queue.Queue[bytes | None], item: bytes) -> None:
+        """Have a packet wait its turn.
+
+        Raises:
+            ConnectionError: too many wait while the guest runs. Whoever sends them is no gdb, and
+                waiting for room nobody would see a Ctrl-C any more, or that it has gone.
+        """
+        while True:
+            try:
+                packets.put(item, timeout=0.05)
+                return
+            except queue.Full:
+                if self._running:
+                    raise ConnectionError("too many packets while the guest runs") from None
 
     def _interrupt(self) -> None:
         with self._lock:

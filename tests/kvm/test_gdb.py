@@ -20,6 +20,7 @@ import pytest
 
 import pykvm
 from pykvm.cli.main import cli
+from pykvm.debug.gdb import MOST_WAITING
 from pykvm.debug.gdb_packets import Reader, packet
 from pykvm.debug.gdb_registers import layout
 from pykvm.debug.gdb_session import Session
@@ -222,6 +223,20 @@ class Client:
         answer = self._got.pop(0)
         assert isinstance(answer, bytes)
         return answer
+
+
+def test_whoever_floods_a_guest_that_runs_is_left_and_the_guest_stops(tmp_path: Path) -> None:
+    path = str(tmp_path / "gdb")
+    with pykvm.Machine("128K") as m, m.gdb_server(path) as server:
+        m.load(pykvm.asm("l: inc ebx; jmp l", mode="long64"), at=0x8000)
+        m.cpu.enter("long64", entry=0x8000)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)
+            client.sendall(packet(b"Z0,8000,1") + packet(b"z0,8000,1") + packet(b"c"))
+            client.sendall(packet(b"g") * (MOST_WAITING + 8))
+            how, result = server.serve(timeout=60)
+        assert how == "lost" and result is not None and result.reason == "stopped"
+        assert len(m.planted) == 0
 
 
 @pytest.mark.parametrize("words", [["k"], ["vKill;1"], [], ["D"], ["vCont;c"]])
