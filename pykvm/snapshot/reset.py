@@ -237,7 +237,8 @@ class Plan:
                 self._msrs[len(self._calls)] = vcpu, state
                 self._call(vcpu, "KVM_SET_MSRS", *state.msr_list(vcpu))
             elif name in state.parts and name not in skip:
-                self._call(vcpu, vcpus.STRUCTS[name][1], state.shared(name))
+                room = vcpu.vm.check_extension("KVM_CAP_XSAVE2") if name == "xsave" else 0
+                self._call(vcpu, vcpus.STRUCTS[name][1], state.shared(name, room))
         c.vcpu, c.saved = loop, saved
         c.sync, c.seen = by_page, by_page & ~lib.KVM_SYNC_X86_REGS
         self._keep.append(saved)

@@ -70,13 +70,13 @@ class VcpuState:
         self.parts = parts
         self.msrs = msrs
         self.tsc = tsc
-        self._made: dict[str, Any] = {}
+        self._made: dict[str | tuple[str, int], Any] = {}
 
-    def shared(self, name: str) -> Any:
+    def shared(self, name: str, at_least: int = 0) -> Any:
         """A part as a cffi structure for KVM to read: one for all who restore this."""
-        made = self._made.get(name)
+        made = self._made.get((name, at_least))
         if made is None:
-            made = self._made[name] = self.struct(name)
+            made = self._made[name, at_least] = self.struct(name, at_least)
         return made
 
     def msr_list(self, vcpu: Vcpu, anew: bool = False) -> tuple[Any, int]:
@@ -98,12 +98,15 @@ class VcpuState:
             made = self._made["msrs"] = msr_list(good), len(good)
         return made
 
-    def struct(self, name: str) -> Any:
-        """A part as a new cffi structure."""
+    def struct(self, name: str, at_least: int = 0) -> Any:
+        """A part as a new cffi structure, with zeros up to ``at_least`` bytes.
+
+        KVM_SET_XSAVE reads KVM_CAP_XSAVE2 bytes, which may be more than where this was taken; to
+        the components that its header does not name, zeros say nothing.
+        """
         type, _ = STRUCTS[name]
         data = self.parts[name]
-        size = ffi.sizeof(type)
-        room = bytearray(max(size, len(data)))
+        room = bytearray(max(ffi.sizeof(type), len(data), at_least))
         room[: len(data)] = data
         return ffi.from_buffer(f"{type} *", room)
 

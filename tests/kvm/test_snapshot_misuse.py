@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 
 import pykvm
+from pykvm._abi import ffi
 from pykvm.errors import ClosedError, SnapshotError
+from pykvm.kvm import Vm
 from pykvm.snapshot_pool import SnapshotPool
 from tests.support.pool_work import COUNTER, counter
 from tests.support.waiting import PATIENCE, is_alive, until
@@ -260,3 +262,31 @@ def test_what_makes_no_sense_to_a_fuzz_loop_is_refused(
             list(m.fuzz(s, inputs, write_at=INPUT, **options))
         (outcome,) = m.fuzz(s, [b"y"], write_at=INPUT, timeout=float("inf"))
         assert outcome.reason == "halted"
+
+
+# ---- a host with more state than the one it was taken on -----------------------------------------
+
+
+def test_kvm_reads_nothing_behind_an_xsave_area_shorter_than_its_own(
+    m: pykvm.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KVM_SET_XSAVE reads KVM_CAP_XSAVE2 bytes, whatever we hand it."""
+    given: dict[str, int] = {}
+    ask = Vm.check_extension
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ffi, name)
+
+        def from_buffer(self, type: str, room: bytearray) -> Any:
+            given[type] = len(room)
+            return ffi.from_buffer(type, room)
+
+    with m.snapshot() as s:
+        monkeypatch.setattr(
+            Vm, "check_extension", lambda vm, cap: 12288 if "XSAVE2" in str(cap) else ask(vm, cap)
+        )
+        monkeypatch.setattr("pykvm.snapshot.vcpu.ffi", Watched())
+        s.restore()
+        assert given["struct kvm_xsave *"] == 12288
+        assert m.run(timeout=10).reason == "halted"
