@@ -48,7 +48,7 @@ def run(tmp_path: Path) -> Run:
         environment = plain.environment() | {
             "PYKVM_TEST_DEVICE": device,
             "PYTHONPATH": str(TESTS.parent),
-            "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest",
+            "PYTEST_ADDOPTS": "-p no:cacheprovider -p no:hypothesispytest -p no:randomly",
         }
         return subprocess.run(
             [sys.executable, "-m", "pytest", "-ra", "--rootdir", str(tmp_path), *options, "tests"],
