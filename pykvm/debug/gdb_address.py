@@ -9,6 +9,7 @@ import os
 import socket
 
 DEFAULT = "127.0.0.1:1234"
+_MOST_PATH = 107  # bytes; sun_path holds 108 with its NUL (unix(7))
 
 
 def listen(text: str, anywhere: bool = False) -> tuple[socket.socket, str]:
@@ -23,7 +24,7 @@ def listen(text: str, anywhere: bool = False) -> tuple[socket.socket, str]:
         The socket, and the address as gdb's ``target remote`` takes it.
 
     Raises:
-        ValueError: no address, or one that others can reach.
+        ValueError: no address, one that others can reach, or a path too long for a socket.
         OSError: it is taken.
     """
     text = text or DEFAULT
@@ -59,6 +60,8 @@ def listen(text: str, anywhere: bool = False) -> tuple[socket.socket, str]:
 
 def _unix(path: str) -> socket.socket:
     """For this user alone."""
+    if (length := len(os.fsencode(path))) > _MOST_PATH:
+        raise ValueError(f"{path}: a socket's path has at most {_MOST_PATH} bytes, not {length}")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     mask = os.umask(0o177)
     try:

@@ -83,7 +83,7 @@ class Diff:
         return bool(self.pages or self.registers or self.devices)
 
     def __repr__(self) -> str:
-        lines = [f"<Diff: {len(self.pages)} pages, {len(self.registers)} registers>"]
+        lines = [f"<Diff: {_count(self.pages, 'page')}, {_count(self.registers, 'register')}>"]
         lines += [f"  page {gpa:#x}" for gpa in self.pages[:_MOST_SHOWN]]
         lines += [f"  {change!r}" for change in self.registers[:_MOST_SHOWN]]
         lines += [f"  device {name}" for name in self.devices]
@@ -98,6 +98,10 @@ class Diff:
         from pykvm.snapshot.picture import html
 
         return html(self)
+
+
+def _count(things: list[Any], name: str) -> str:
+    return f"{len(things)} {name}{'' if len(things) == 1 else 's'}"
 
 
 def diff(old: Snapshot, new: Snapshot) -> Diff:

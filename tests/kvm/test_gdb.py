@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -34,6 +35,13 @@ needs_gdb = pytest.mark.skipif(GDB is None, reason='shutil.which("gdb") found no
 
 #: A sanitizer that is loaded into us is none of gdb's.
 GDB_ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    """For a socket: below /tmp, as pytest's own folders may be too deep for one."""
+    with tempfile.TemporaryDirectory(prefix="pykvm-", dir="/tmp") as folder:
+        yield f"{folder}/gdb"
 
 
 class Gdb:
@@ -172,8 +180,7 @@ def test_backtrace_with_symbols_in_a_guest_in_c(tmp_path: Path) -> None:
 
 
 @needs_gdb
-def test_the_command_line_waits_for_gdb(tmp_path: Path) -> None:
-    path = str(tmp_path / "gdb.socket")
+def test_the_command_line_waits_for_gdb(path: str) -> None:
     run = subprocess.Popen(
         [sys.executable, "-m", "pykvm", "run", "hello", f"--gdb={path}"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -196,6 +203,16 @@ def test_an_address_that_others_reach_is_refused_by_the_command_line(
     with pytest.raises(SystemExit) as end:
         cli.main(["run", "hello", "--gdb=0.0.0.0:0"], prog_name="pykvm")
     assert end.value.code == 2 and "owns the guest" in capfd.readouterr().err
+
+
+def test_a_path_too_long_for_a_socket_is_refused_with_the_limit(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    path = "/tmp/" + "p" * 103
+    with pytest.raises(SystemExit) as end:
+        cli.main(["run", "hello", f"--gdb={path}"], prog_name="pykvm")
+    said = capfd.readouterr().err
+    assert end.value.code == 2 and path in said and "107 bytes, not 108" in said
 
 
 class Client:
@@ -225,8 +242,7 @@ class Client:
         return answer
 
 
-def test_whoever_floods_a_guest_that_runs_is_left_and_the_guest_stops(tmp_path: Path) -> None:
-    path = str(tmp_path / "gdb")
+def test_whoever_floods_a_guest_that_runs_is_left_and_the_guest_stops(path: str) -> None:
     with pykvm.Machine("128K") as m, m.gdb_server(path) as server:
         m.load(pykvm.asm("l: inc ebx; jmp l", mode="long64"), at=0x8000)
         m.cpu.enter("long64", entry=0x8000)
@@ -241,9 +257,9 @@ def test_whoever_floods_a_guest_that_runs_is_left_and_the_guest_stops(tmp_path: 
 
 @pytest.mark.parametrize("words", [["k"], ["vKill;1"], [], ["D"], ["vCont;c"]])
 def test_a_kernel_is_booted_under_gdb_and_goes_on_or_ends_as_gdb_leaves(
-    tmp_path: Path, words: list[str], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, path: str, words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    kernel, path = tmp_path / "kernel", str(tmp_path / "gdb")
+    kernel = tmp_path / "kernel"
     kernel.write_bytes(tiny_kernel.elf("nop; " + tiny_kernel.ENDS["power-off"]))
     said: list[bytes] = []
 
