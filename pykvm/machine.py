@@ -257,10 +257,10 @@ class Machine(Debugging, SnapshotMethods, VirtioMethods, Closing):
             image: bytes, or what ``pykvm.asm`` returned.
             at: guest-physical address; default where ``asm`` linked it.
         """
-        if at is None:
-            at = getattr(image, "at", None)
-            if at is None:
-                raise TypeError("load(image, at=gpa): say where the image goes")
+        if isinstance(image, (str, os.PathLike)):
+            raise TypeError("load() takes bytes: asm(…), a file's read_bytes(); load_elf() a path")
+        if at is None and (at := getattr(image, "at", None)) is None:
+            raise TypeError("load(image, at=gpa): say where the image goes")
         self.memory.load(at, image)
         names = getattr(image, "symbols", None)
         if names and getattr(image, "at", None) == at:

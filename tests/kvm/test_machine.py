@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -184,3 +185,11 @@ def test_a_doorbell_rings_in_the_kernel_and_makes_no_exit(m: pykvm.Machine) -> N
     finally:
         os.close(port)
         os.close(address)
+
+
+def test_load_takes_bytes_and_says_what_takes_a_path(m: pykvm.Machine) -> None:
+    for path in ("guest.bin", Path("guest.bin")):
+        with pytest.raises(TypeError, match=r"takes bytes: .*load_elf\(\) a path"):
+            m.load(path, at=0x8000)  # type: ignore[arg-type]
+    m.load(b"\xf4", at=0x8000)
+    assert m.memory[0x8000] == 0xF4
