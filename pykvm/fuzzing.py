@@ -17,7 +17,7 @@ from pykvm.debug.planted import Ordered
 from pykvm.errors import GuestMemoryError
 from pykvm.snapshot import devices as devices_of
 from pykvm.snapshot.reset import PATIENCE
-from pykvm.snapshots import plan_of, quiet
+from pykvm.snapshot_at_rest import plan_of, quiet
 from pykvm.vcpu_thread import NEVER, UNLIMITED
 
 TYPE_CHECKING = False

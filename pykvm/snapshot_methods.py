@@ -34,7 +34,7 @@ class SnapshotMethods:
             BusyError: it runs.
             SnapshotError: a device has requests that it cannot finish.
         """
-        from pykvm.snapshots import take
+        from pykvm.snapshot_taking import take
 
         return take(self)  # type: ignore[arg-type]
 

@@ -17,26 +17,22 @@ the host's calendar does not, and a CMOS clock shows it.
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, contextmanager
 
 from pykvm import snapshot_cpuid as cpuid_of
-from pykvm.errors import BusyError, ClosedError, SnapshotError
+from pykvm.errors import SnapshotError
 from pykvm.kvm.handle import Closing
 from pykvm.machine import MAX_CPUS, Machine
 from pykvm.memory import GuestMemory
 from pykvm.snapshot import claims as claims_of
 from pykvm.snapshot import devices as devices_of
 from pykvm.snapshot import identity as identities
-from pykvm.snapshot import image as images
 from pykvm.snapshot import served as served_by
 from pykvm.snapshot import unseen as unseen_by
-from pykvm.snapshot import vcpu as vcpus
-from pykvm.snapshot import vm as vms
-from pykvm.snapshot.reset import Plan, Tracking
+from pykvm.snapshot_at_rest import check_idle, hooks_of, make_plan, plan_of, quiet, tell_identity
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
     from pykvm.devices.vmgenid import Identity
@@ -132,7 +128,7 @@ class Snapshot(Closing):
         )
         machine.forget_stop()
         self.put_back(machine)
-        _tell(machine, value)
+        tell_identity(machine, value)
 
     def put_back(self, machine: Machine, resume: bool = True, planted: bool = False) -> None:
         """:meth:`restore`, but for a ``stop()``, which stays for the next run.
@@ -142,7 +138,7 @@ class Snapshot(Closing):
             resume: have devices look for what was asked for and not done.
             planted: the plan sees to stops in the guest's code.
         """
-        _check(machine)
+        check_idle(machine)
         if any(runner.log is not None for runner in machine._runners):
             raise SnapshotError("the machine is being recorded or replayed: restore it before")
         with quiet(machine):
@@ -212,13 +208,13 @@ class Snapshot(Closing):
             claims_of.give(self.claims, (machine.pio, machine.mmio))
             if self.loaded:
                 cpuid_of.same_tsc(machine, self.tsc_khz)
-            plan = _plan(machine, self, None)
+            plan = make_plan(machine, self, None)
             if not plan.run():
                 raise SnapshotError("a vCPU that never ran has an access open")
             with quiet(machine):
                 self.finish(machine, devices_of.find((machine.pio, machine.mmio)))
-            _tell(machine, value)
-            served_by.warn(self.served, (machine.pio, machine.mmio), _hooks(machine))
+            tell_identity(machine, value)
+            served_by.warn(self.served, (machine.pio, machine.mmio), hooks_of(machine))
         except BaseException:
             machine.close()
             raise
@@ -361,62 +357,6 @@ class Snapshot(Closing):
         )
 
 
-# ---- taking and restoring ----------------------------------------------------------------------
-
-
-def take(machine: Machine) -> Snapshot:
-    """See ``Machine.snapshot``."""
-    _check(machine)
-    unseen: dict[int, dict[str, Any]] = {}
-    try:
-        snapshot = _take(machine, unseen)
-    finally:
-        for index, item in unseen.items():
-            unseen_by.hand_out(machine._runners[index].c, item)
-    snapshot.halted = [n for n, runner in enumerate(machine._runners) if runner.halted]
-    snapshot.unseen = unseen
-    snapshot._machine = machine
-    snapshot.served = served_by.capture((machine.pio, machine.mmio), _hooks(machine))
-    snapshot.cpuid = cpuid_of.as_text(machine.cpu)
-    snapshot.tsc_khz = cpuid_of.tsc_khz(machine)
-    if machine.pc is not None:
-        snapshot.boot_plan = machine.pc.plan
-        if machine.pc.identity is not None:
-            snapshot.identity = machine.pc.identity.gpa
-    return snapshot
-
-
-def _take(machine: Machine, unseen: dict[int, dict[str, Any]]) -> Snapshot:
-    """The state itself; ``unseen`` gets what was written and is still to be told of."""
-    with quiet(machine):
-        for index, (runner, cpu) in enumerate(zip(machine._runners, machine.cpus, strict=True)):
-            if not runner.halted:  # nothing is open then, and it is to be told again
-                given_up = unseen_by.Unseen(runner.c)
-                runner.complete(given_up.see)
-                item = given_up.item()
-                if item is not None:
-                    unseen[index] = item
-            cpu.flush()
-        irqchip = machine.irqchip is not None
-        kernel = irqchip and machine.options["irqchip"] == "kernel"
-        states = [vcpus.capture(runner.vcpu, irqchip) for runner in machine._runners]
-        found = devices_of.find((machine.pio, machine.mmio))
-        try:
-            devices = devices_of.capture(found)
-        except ValueError as error:
-            raise SnapshotError(f"a device cannot be captured: {error}") from error
-        return Snapshot(
-            dict(machine.options),
-            states,
-            vms.capture(machine.vm, kernel, bool(machine.options["pit"])),
-            devices,
-            claims_of.capture((machine.pio, machine.mmio)),
-            [(cpu.entered, cpu.ended) for cpu in machine.cpus],
-            _memory(machine),
-            is_pc=machine.pc is not None,
-        )
-
-
 _OPTIONS: dict[str, tuple[object, ...]] = {
     "cpus": (int,), "irqchip": (None, "kernel", "split"), "pit": (bool,), "pic": ("reset", "bios"),
     "features": (str,), "cpuid": (None, list), "path": (str,),
@@ -432,63 +372,3 @@ def _check_options(options: dict[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} is no option of a machine")
     if not 1 <= options["cpus"] <= MAX_CPUS:
         raise ValueError(f"no machine has {options['cpus']} vCPUs")
-
-
-def _hooks(machine: Machine) -> dict[str, dict[int, Any]]:
-    return {served_by.MSR: machine._msrs, served_by.EXIT: machine._hooks}
-
-
-def _memory(machine: Machine) -> Image:
-    """An image without the stops that a debugger has planted."""
-    if machine._debugger is None:
-        return images.capture(machine.memory)
-    with machine._debugger.planted.lifted():
-        return images.capture(machine.memory)
-
-
-def plan_of(machine: Machine, snapshot: Snapshot) -> Plan:
-    """How the machine is put back to the snapshot; the last one is kept."""
-    if machine._tracking is None:
-        machine._tracking = Tracking(machine.vm, machine.memory)
-    known = machine._plan
-    if known is not None and known[0] is snapshot:
-        return known[1]
-    plan = _plan(machine, snapshot, machine._tracking)
-    machine._plan = snapshot, plan
-    return plan
-
-
-def _plan(machine: Machine, snapshot: Snapshot, tracking: Tracking | None) -> Plan:
-    if machine.options["irqchip"] != snapshot.options["irqchip"]:
-        raise SnapshotError("the snapshot's interrupt controller is another than the machine's")
-    cpus = [(runner.vcpu, runner.c) for runner in machine._runners]
-    irqchip = machine.irqchip is not None
-    return Plan(machine.vm, cpus, tracking, snapshot.vcpus, snapshot.vm, snapshot.image, irqchip)
-
-
-def _tell(machine: Machine, value: bytes | None) -> None:
-    """After all is back: write the ID into the machine's own memory, and tell the guest."""
-    if value is not None:
-        assert machine.pc is not None and machine.pc.identity is not None
-        machine.pc.identity.change(value)
-
-
-def _check(machine: Machine) -> None:
-    if machine.closed:
-        raise ClosedError("this machine is closed")
-    if machine.running:
-        raise BusyError("a vCPU of this machine is running: stop() it first")
-
-
-@contextmanager
-def quiet(machine: Machine) -> Iterator[None]:
-    """Hold the machine's I/O threads still, after they did what was asked of them."""
-    with ExitStack() as held:
-        if machine._virtio is not None:
-            for thread in machine._virtio.threads:
-                thread.settle()
-                held.enter_context(thread.quiesce())
-        yield
-
-
-__all__ = ["Snapshot", "plan_of", "take"]
