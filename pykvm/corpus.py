@@ -15,7 +15,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from pykvm.fuzzing import Outcome
+    from pykvm.outcome import Outcome
 
 
 class Corpus:

@@ -15,6 +15,7 @@ from pykvm import result as reasons
 from pykvm._abi import _cpython, ffi, lib
 from pykvm.debug.planted import Ordered
 from pykvm.errors import GuestMemoryError
+from pykvm.outcome import UNTIL, Outcome, shown
 from pykvm.snapshot import devices as devices_of
 from pykvm.snapshot.reset import PATIENCE
 from pykvm.snapshot_at_rest import plan_of, quiet
@@ -32,52 +33,6 @@ if TYPE_CHECKING:
 
 BATCH = 64
 """Inputs that are taken at once; a source of inputs that learns from outcomes lags by so many."""
-
-UNTIL = "until"
-"""The reason of a run that came to its end."""
-
-
-class Outcome:
-    """How one input ended.
-
-    Attributes:
-        input: the bytes.
-        reason: as ``RunResult.reason``; ``"until"`` for a write to the port that ends a run.
-        code: what was written to the port that ended it, or None.
-        rip: the guest's RIP, of a port as KVM has it before the instruction is complete.
-        exits: exits it made.
-        fresh: cells of the coverage map that no input before had reached.
-        address: the port or guest-physical address that ended it, or None.
-    """
-
-    __slots__ = ("address", "code", "exits", "fresh", "input", "reason", "rip")
-
-    def __init__(
-        self,
-        input: bytes,
-        reason: str,
-        code: int | None,
-        rip: int,
-        exits: int,
-        fresh: int,
-        address: int | None,
-    ) -> None:
-        self.input = input
-        self.reason = reason
-        self.code = code
-        self.rip = rip
-        self.exits = exits
-        self.fresh = fresh
-        self.address = address
-
-    def __repr__(self) -> str:
-        code = "" if self.code is None else f" {self.code:#x}"
-        new = f", {self.fresh} new cells" if self.fresh else ""
-        return f"<{self.reason}{code} at {self.rip:#x} by {_shown(self.input)}{new}>"
-
-
-def _shown(data: bytes) -> str:
-    return repr(data if len(data) <= 32 else data[:32] + b"...")
 
 
 def fuzz(
@@ -322,7 +277,7 @@ class _Fuzzer:
             if c.running and c.next in self._reasons:  # it had ended, and was just not noted yet
                 lib.pykvm_fuzz_end(c, self._ended)
             if c.running:
-                error.add_note(f"while it ran the input {_shown(inputs[c.next])}")
+                error.add_note(f"while it ran the input {shown(inputs[c.next])}")
             raise
         finally:
             machine._running = False

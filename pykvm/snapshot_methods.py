@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.debug.input_log import InputLog
-    from pykvm.fuzzing import Outcome
+    from pykvm.outcome import Outcome
     from pykvm.replay import Recorder, Replay
     from pykvm.result import RunResult
     from pykvm.snapshot.reset import Plan, Tracking

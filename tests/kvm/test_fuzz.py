@@ -13,8 +13,8 @@ import pykvm
 from pykvm import fuzzing, guestlib
 from pykvm import result as reasons
 from pykvm.corpus import Corpus
-from pykvm.fuzzing import UNTIL, Outcome
 from pykvm.memory import GuestMemory
+from pykvm.outcome import UNTIL, Outcome
 from pykvm.snapshot.reset import Plan
 from tests.support.same_machine import Judge
 

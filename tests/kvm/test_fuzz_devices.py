@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import pykvm
-from pykvm.fuzzing import UNTIL
+from pykvm.outcome import UNTIL
 from pykvm.virtio import Rng
 from tests.kvm.test_virtio import PROBE
 from tests.support.vring_driver import WRITE, Driver
