@@ -150,13 +150,17 @@ def fetch_kernel(
     return kernel
 
 
+#: Of the environment, what would keep bytecode from where it is looked for, or asks for reports.
+_OF_THE_RUN = ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX", "PYTEST_ADDOPTS")
+
+
 def compile_ahead(checkout: Path, tests: Sequence[str]) -> None:
     """Leave compiled what is of the checkout, and the ``tests`` as pytest has them.
 
     Emulated, Python compiles pykvm longer than it runs it, and what is started inside would each
     time: the checkout may be read-only there. Whatever goes wrong here is told better inside.
     """
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment = {name: value for name, value in os.environ.items() if name not in _OF_THE_RUN}
     collect = ("pytest", "--collect-only", "-qq", "-p", "no:cacheprovider", *tests)
     for module in (("compileall", "-qq", "pykvm", "tests", "benches"), *([collect] * bool(tests))):
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):

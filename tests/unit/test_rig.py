@@ -187,12 +187,14 @@ def test_what_runs_inside_was_compiled_outside(
         (tmp_path / name).write_text("def test_it(): assert 1 == 1\n")
     (tmp_path / "tests" / "broken.py").write_text("this is no Python\n")
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", f"--junitxml={tmp_path}/report.xml --no-such-option")
     host.compile_ahead(tmp_path, ["tests/test_a.py"])
     made = sorted(
         re.sub(r"\.cpython-[0-9]+(-pytest)?[0-9.a-z-]*\.pyc", r"\1", path.name)
         for path in tmp_path.rglob("*.pyc")
     )
     assert made == ["a", "test_a", "test_a-pytest", "test_b"]
+    assert not (tmp_path / "report.xml").exists()
 
 
 def test_the_tests_that_a_command_names_are_seen() -> None:
