@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import pykvm
+from pykvm import kvm
 from pykvm.debug import probe
 from pykvm.errors import CapabilityError
 from tests.support.stops import CELL, COUNT, ENTRY, MODES, make, need_steps
@@ -243,6 +244,19 @@ def test_a_halt_that_was_stepped_to_is_over(made: list[pykvm.Machine]) -> None:
     assert m.run(timeout=20).reason == "breakpoint"
     assert m.run(timeout=20).reason == "halted"
     assert (m.cpu.rip, m.cpu.ebx) == (ENTRY + 7, 6)
+
+
+def test_a_stepped_halt_with_an_irqchip_waits_if_kvm_has_noticed_it() -> None:
+    """kvm-pvm has not: docs/backends.md."""
+    with pykvm.Machine("128K", irqchip=True) as m:
+        m.load(pykvm.asm("cli; hlt; inc ebx; top: jmp top", mode="long64"), at=ENTRY)
+        m.cpu.enter("long64", entry=ENTRY)
+        m.cpu.rbx = 0
+        need_steps(m)
+        assert m.step(2).reason == "step" and m.cpu.rip == ENTRY + 2
+        halted = m.cpu.vcpu.get_mp_state() == kvm.KVM_MP_STATE_HALTED
+        result = m.step(timeout=0.3)
+        assert (result.reason, m.cpu.ebx) == (("timeout", 0) if halted else ("step", 1))
 
 
 def test_steps_of_one_vcpu_leave_the_others_where_they_are(made: list[pykvm.Machine]) -> None:
