@@ -91,11 +91,11 @@ def full_command(words: Sequence[str]) -> list[str]:
         *(sys.executable, "-m", "pytest", "--require-kvm", "--durations=5"),
         "--junitxml=/run/rig/results/junit.xml",
         *words[1:],
-        *(() if test_paths(words) else KVM_TESTS),
+        *(() if named_paths(words) else KVM_TESTS),
     ]
 
 
-def test_paths(command: Sequence[str]) -> list[str]:
+def named_paths(command: Sequence[str]) -> list[str]:
     """The files and folders that a command of pytest names; of another command, none."""
     named = command[command.index("pytest") + 1 :] if "pytest" in command else ()
     words = [word.partition("::")[0] for word in named if not word.startswith("-")]
@@ -124,7 +124,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.setup_only:
         return 0
     command = full_command(options.command)
-    host.compile_ahead(CHECKOUT, test_paths(command))
+    host.compile_ahead(CHECKOUT, named_paths(command))
     pairs = (text.partition("=")[::2] for text in (f"PYKVM_KERNELS={cache}", *options.env))
     try:
         outcome = guest.boot(

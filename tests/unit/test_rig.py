@@ -198,11 +198,11 @@ def test_what_runs_inside_was_compiled_outside(
 
 
 def test_the_tests_that_a_command_names_are_seen() -> None:
-    assert rig.test_paths(
+    assert rig.named_paths(
         [sys.executable, "-m", "pytest", "-q", "tests/kvm/test_cli.py::test"]
     ) == ["tests/kvm/test_cli.py"]
-    assert rig.test_paths(rig.full_command([])) == ["tests/kvm", "tests/guests"]
-    assert rig.test_paths(["ls", "tests/kvm"]) == []
+    assert rig.named_paths(rig.full_command([])) == ["tests/kvm", "tests/guests"]
+    assert rig.named_paths(["ls", "tests/kvm"]) == []
 
 
 def test_what_is_covered_inside_is_what_the_first_process_covers() -> None:

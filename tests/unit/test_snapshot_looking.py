@@ -104,15 +104,20 @@ def test_leaves_that_are_none_are_refused_when_it_is_loaded(saved: Path, leaves:
     def change(header: Any) -> None:
         header["options"]["cpuid"] = leaves
 
-    is_refused(saved, change)
+    assert SENSELESS in refusal(saved, change)
 
 
-def is_refused(saved: Path, change: Callable[[Any], None]) -> None:
+SENSELESS = "forged: the header does not make sense"
+
+
+def refusal(saved: Path, change: Callable[[Any], None]) -> str:
+    """What loading a file with a forged header says; nothing is left open."""
     (saved / "forged").write_bytes(forged((saved / "first").read_bytes(), change))
     before = os.listdir("/proc/self/fd")
-    with pytest.raises(SnapshotError, match="the header does not make sense"):
+    with pytest.raises(SnapshotError) as error:
         Snapshot.load(saved / "forged")
     assert os.listdir("/proc/self/fd") == before
+    return str(error.value)
 
 
 WRONG: list[dict[str, Any]] = [
@@ -150,7 +155,7 @@ def test_an_access_that_is_none_is_refused(saved: Path, said: Any) -> None:
     def change(header: Any) -> None:
         header["unseen"] = said
 
-    is_refused(saved, change)
+    assert SENSELESS in refusal(saved, change)
 
 
 def test_what_older_files_lack_they_had_not(saved: Path) -> None:
@@ -184,7 +189,7 @@ def test_options_that_no_machine_has_are_refused(saved: Path, wrong: Any) -> Non
         if cpus == 0:
             header["vcpus"], header["cpus"] = [], []
 
-    is_refused(saved, change)
+    assert SENSELESS in refusal(saved, change)
 
 
 @pytest.mark.parametrize("tsc", [[], [1], {}, [1.5, 2], "12", [-1, 0]])
@@ -192,7 +197,7 @@ def test_a_clock_that_is_none_is_refused(saved: Path, tsc: Any) -> None:
     def change(header: Any) -> None:
         header["vcpus"][0]["tsc"] = tsc
 
-    is_refused(saved, change)
+    assert SENSELESS in refusal(saved, change)
 
 
 @pytest.mark.parametrize("khz", [float("inf"), float("nan"), None, "fast"])
@@ -200,4 +205,4 @@ def test_a_frequency_that_is_none_is_refused(saved: Path, khz: Any) -> None:
     def change(header: Any) -> None:
         header["tsc_khz"] = khz
 
-    is_refused(saved, change)
+    assert SENSELESS in refusal(saved, change)
